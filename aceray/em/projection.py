@@ -1,0 +1,84 @@
+"""Projections of a volume along the beam: slices of its padded Fourier transform, and rotate-and-sum.
+
+Source: projection-slice theorem, ACE-EM eqs. 21, 22, 25 and 26.
+"""
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+from torch.nn import functional
+
+from aceray.em.fourier import HalfDisc, frequency_index
+
+
+def padded_box(box: int, pad: int) -> int:
+    """Even box size of the zero-padded transform."""
+    return 2 * ((box * pad + 1) // 2)
+
+
+def interpolation_correction(box: int, padded: int, device: torch.device | None = None) -> Float[Tensor, "d d d"]:
+    """Real-space factor that undoes trilinear interpolation in the padded transform: 1 / prod sinc^2(x / padded)."""
+    axis = 1 / torch.sinc(frequency_index(box, device) / padded).square()
+    return axis[:, None, None] * axis[:, None] * axis
+
+
+def padded_transform(volume: Float[Tensor, "d d d"], pad: int = 2) -> Float[Tensor, "2 m m h"]:
+    """Zero-padded, interpolation-corrected transform of a volume, laid out for sampling; differentiable.
+
+    Computed once per step, whatever the number of images. Channels are real and imaginary part, axes kz, ky from
+    -M/2 to M/2 (both ends present, so no sample needs to wrap) and kx from 0 to M/2, M the padded box. Values are in
+    the orthonormal convention of a d x d projection.
+    """
+    box = volume.shape[-1]
+    padded = padded_box(box, pad)
+    before = padded // 2 - box // 2
+    after = padded - box - before
+    corrected = volume * interpolation_correction(box, padded, volume.device).to(volume.dtype) / box
+    spectrum = torch.fft.rfftn(torch.fft.ifftshift(functional.pad(corrected, (before, after) * 3)))
+    middle = padded // 2
+    for dim in (0, 1):
+        positive, negative = spectrum.split(middle, dim)
+        spectrum = torch.cat([negative, positive, negative.narrow(dim, 0, 1)], dim)
+    return torch.stack([spectrum.real, spectrum.imag])
+
+
+def sample_transform(
+    transform: Float[Tensor, "2 m m h"], points: Float[Tensor, "*batch 3"], box: int
+) -> Complex[Tensor, "*batch"]:
+    """Trilinear samples of a padded transform at (x, y, z) frequencies in cycles per box, |k| <= box/2."""
+    conjugate = points[..., :1] < 0
+    # indices of a half transform, as the fractions of its axes that grid_sample wants
+    scaled = torch.where(conjugate, -points, points) * (2 / box)
+    x, y, z = scaled.unbind(-1)
+    grid = torch.stack([2 * x - 1, y, z], dim=-1).reshape(1, 1, 1, -1, 3)
+    sampled = functional.grid_sample(transform[None], grid, mode="bilinear", padding_mode="border", align_corners=True)
+    real, imaginary = sampled.reshape(2, *points.shape[:-1])
+    return torch.complex(real, torch.where(conjugate[..., 0], -imaginary, imaginary))
+
+
+def central_slice(
+    transform: Float[Tensor, "2 m m h"], rotation: Float[Tensor, "*batch 3 3"], disc: HalfDisc
+) -> Complex[Tensor, "*batch p"]:
+    """Half-disc coefficients of the projection at each rotation: the transform at kx R[0] + ky R[1]."""
+    return sample_transform(transform, disc.frequency @ rotation[..., :2, :], disc.box)
+
+
+def project_slice(
+    volume: Float[Tensor, "d d d"], rotation: Float[Tensor, "b 3 3"], pad: int = 2
+) -> Float[Tensor, "b d d"]:
+    """Projections by Fourier slices, band-limited to the disc below Nyquist."""
+    disc = HalfDisc(volume.shape[-1]).to(volume.device, volume.dtype)
+    return disc.scatter(central_slice(padded_transform(volume, pad), rotation, disc))
+
+
+def project_real(volume: Float[Tensor, "d d d"], rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b d d"]:
+    """Projections by rotating the sampling grid (trilinear) and summing along the beam; ACE-EM eq. 22."""
+    box = volume.shape[-1]
+    axis = frequency_index(box, volume.device).to(volume.dtype)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    points = torch.stack([x, y, z], dim=-1).reshape(-1, 3)
+    # row vector times R is R^T times the column: image frame back to object frame
+    index = (points @ rotation).unflatten(1, (box, box, box)) + box // 2
+    grid = 2 * index / (box - 1) - 1
+    source = volume.expand(len(rotation), 1, -1, -1, -1)
+    return functional.grid_sample(source, grid, padding_mode="zeros", align_corners=True)[:, 0].sum(dim=1)
