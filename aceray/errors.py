@@ -1,0 +1,24 @@
+"""Errors that a user can act on: one line that says where, what was found and what to do."""
+
+
+class AcerayError(Exception):
+    """A mistake in what aceray was given; the command line prints it as one line and exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(AcerayError):
+    """A setting or a preset that is unknown, missing, out of range or contradictory."""
+
+
+class DataError(AcerayError):
+    """A molecule, dataset, checkpoint or run folder that is missing, damaged or not what is needed."""
+
+
+class ClusterError(AcerayError):
+    """Ray lacks the resources a run asks for, or a worker was lost for good."""
+
+
+class NonFiniteLoss(AcerayError):
+    """A loss term became infinite or not a number; raised before the optimiser takes the step."""
