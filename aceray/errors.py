@@ -20,5 +20,5 @@ class ClusterError(AcerayError):
     """Ray lacks the resources a run asks for, or a worker was lost for good."""
 
 
-class NonFiniteLoss(AcerayError):
+class NonFiniteLoss(AcerayError):  # noqa: N818 (the name says what happened)
     """A loss term became infinite or not a number; raised before the optimiser takes the step."""

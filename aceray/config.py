@@ -1,0 +1,210 @@
+"""Every setting of aceray: its type, unit, bounds, default and meaning. Frozen, without logic, without files.
+
+A setting is read from YAML and dotted overrides by `aceray.presets.load_config`; nothing past it sees a dictionary.
+Sizes, pixel sizes, voltages and noise levels of a dataset are not settings: they are read from its manifest.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BoxSize = Annotated[int, Field(ge=8, le=1024, multiple_of=2)]
+
+
+class Model(BaseModel):
+    """A group of settings: frozen, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class CtfRanges(Model):
+    """What the microscope of a simulated dataset does: one defocus a particle, the rest fixed."""
+
+    defocus_mean_angstrom: float = Field(20222.0, description="mean defocus, underfocus positive")
+    defocus_std_angstrom: float = Field(4429.0, ge=0, description="standard deviation of the defocus")
+    defocus_min_angstrom: float = Field(8112.0, description="smallest defocus; smaller draws are clipped to it")
+    defocus_max_angstrom: float = Field(38474.0, description="largest defocus; larger draws are clipped to it")
+    astigmatism_max_angstrom: float = Field(
+        500.0, ge=0, description="largest difference of the two defoci; drawn uniformly, as is its angle"
+    )
+    voltage_kv: float = Field(300.0, gt=0, le=2000, description="acceleration voltage, kilovolt")
+    spherical_aberration_mm: float = Field(2.7, ge=0, le=20, description="spherical aberration, millimetre")
+    amplitude_contrast: float = Field(0.1, ge=0, le=1, description="amplitude contrast, fraction")
+    b_factor_angstrom_sq: float = Field(0.0, ge=0, description="envelope exp(-B k^2 / 4), square angstrom")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CtfRanges":
+        if not self.defocus_min_angstrom <= self.defocus_mean_angstrom <= self.defocus_max_angstrom:
+            raise ValueError("defocus_min_angstrom <= defocus_mean_angstrom <= defocus_max_angstrom does not hold")
+        return self
+
+
+class Simulation(Model):
+    """A dataset made from an atomic model; `aceray simulate` writes it to `data.path`."""
+
+    model: str = Field(
+        "5NRL", min_length=1, description="5NRL (built in), a .pdb or .cif file, or pdb:XXXX to download"
+    )
+    box: BoxSize = Field(32, description="side of the images, pixels")
+    pixel_size_angstrom: float = Field(17.0, gt=0, le=100, description="pixel size, angstrom")
+    particles: int = Field(5000, ge=1, le=10**9, description="number of images")
+    snr_db: float = Field(0.0, ge=-60, le=200, description="10 log10(var signal / var noise); 200 is noise-free")
+    shift_sigma_fraction: float = Field(
+        0.03, ge=0, le=0.25, description="standard deviation of the shifts along x and y, fraction of the box"
+    )
+    density_width_px: float = Field(0.67, ge=0.3, le=5, description="sigma of an atom's Gaussian blob, pixels")
+    ctf: CtfRanges | None = Field(None, description="ranges of the CTF; null simulates without one")
+    seed: int = Field(1, ge=0, description="seed of poses, shifts, CTFs and noise")
+    image_dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored pixels")
+    rows_per_shard: int = Field(1024, ge=1, description="images in one Parquet file")
+
+
+class Data(Model):
+    """The particles that are trained on."""
+
+    path: str = Field("data/particles", min_length=1, description="folder of the dataset")
+    box: BoxSize | None = Field(None, description="train on Fourier crops of this size, pixels; null: the stored size")
+    shift_sigma_fraction: float = Field(
+        0.0, ge=0, le=0.25, description="prior spread of the shifts along x and y, fraction of the box; 0: no shifts"
+    )
+
+
+class EncoderBase(Model):
+    """What every encoder has: heads, an input filter and a bounded shift."""
+
+    heads: int = Field(4, ge=1, le=64, description="rotation heads; the decoder's error picks one for each image")
+    input: Literal["wiener", "standardised"] = Field(
+        "wiener", description="filter before the network: Wiener deconvolution, or zero mean and unit variance"
+    )
+    shift_range_sigma: float = Field(
+        4.0, gt=0, le=10, description="bound of the predicted shift, in units of data.shift_sigma_fraction"
+    )
+
+
+class MlpEncoder(EncoderBase):
+    """Fully connected layers with batch normalisation: the quickest on small boxes."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(512, ge=8, le=8192, description="features of a hidden layer")
+    depth: int = Field(4, ge=1, le=32, description="number of hidden layers")
+
+
+class Resnet18Encoder(EncoderBase):
+    """ResNet-18 on the five filtered images, as in the paper."""
+
+    kind: Literal["resnet18"] = "resnet18"
+
+
+Encoder = Annotated[MlpEncoder | Resnet18Encoder, Field(discriminator="kind")]
+
+
+class VoxelDecoder(Model):
+    """Real-space voxels, projected as slices of their zero-padded Fourier transform."""
+
+    kind: Literal["voxel"] = "voxel"
+    pad: int = Field(2, ge=1, le=4, description="zero-padding factor of the volume before its transform")
+
+
+class Ipi(Model):
+    """Image-pose-image: encode a particle, project the volume at that pose, compare."""
+
+    loss: Literal["mse", "symmetric"] = Field(
+        "mse", description="mean squared error, or its minimum over the image and the image turned by 180 degrees"
+    )
+    augment: bool = Field(True, description="turn and mirror each image at random by one of the eight elements of D4")
+    shift_l1_weight: float = Field(
+        0.01, ge=0, description="weight of the mean |shift| (fraction of the box), ACE-EM eq. 8"
+    )
+    train_shift: bool = Field(
+        False, description="let the image loss train the shift head too; otherwise PIP alone does"
+    )
+
+
+class Pip(Model):
+    """Pose-image-pose: draw a pose, project the frozen volume, predict the pose back."""
+
+    weight: float = Field(1.0, ge=0, description="weight lambda of the pose loss, ACE-EM eq. 14; 0 turns PIP off")
+    warmup_steps: int = Field(0, ge=0, description="steps before PIP begins")
+    combination: Literal["additive", "convex"] = Field(
+        "additive", description="IPI + lambda PIP, or (1 - lambda) IPI + lambda PIP"
+    )
+    batch_factor: float = Field(1.0, gt=0, le=16, description="drawn poses for each particle of the batch")
+    shift_weight: float = Field(
+        0.2, ge=0, description="weight of the squared shift error, in units of data.shift_sigma_fraction squared"
+    )
+
+    @model_validator(mode="after")
+    def _convex(self) -> "Pip":
+        if self.combination == "convex" and self.weight > 1:
+            raise ValueError(f"weight {self.weight} exceeds 1, which the convex combination cannot take")
+        return self
+
+
+class Optim(Model):
+    """AdamW with one learning rate for the encoder and one for the decoder."""
+
+    encoder_lr: float = Field(1e-3, gt=0, le=10, description="learning rate of the encoder")
+    decoder_lr: float = Field(2e-2, gt=0, le=10, description="learning rate of the voxels, in units of the image scale")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two running means of AdamW")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on voxels")
+    warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
+    schedule: Literal["cosine", "multistep"] = Field("cosine", description="how the learning rates fall")
+    hold_fraction: Fraction = Field(0.3, description="cosine: share of the steps before the fall begins")
+    final_factor: Fraction = Field(0.05, description="cosine: share of the learning rates left at the end")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.6, 0.85), description="multistep: shares of the steps at which they fall tenfold"
+    )
+
+
+class Train(Model):
+    """Length, batch and rhythm of a training run."""
+
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    batch: int = Field(64, ge=2, description="particles in one step, all workers together")
+    lanes: int | None = Field(
+        None, ge=1, description="independent shares of the set and of the batch; null: as many as workers, at least one"
+    )
+    evaluate_every: int = Field(200, ge=1, description="steps between two evaluations; the last step always has one")
+    checkpoint_every: int = Field(400, ge=1, description="steps between two checkpoints; the last step always has one")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    threads: int | None = Field(None, ge=1, description="threads of torch in a worker; null: its share of the cores")
+
+
+class Resources(Model):
+    """Where the run happens."""
+
+    workers: int = Field(0, ge=0, le=4096, description="0: in this process, without Ray; n: Ray Train with n workers")
+    gpu: bool | None = Field(None, description="one GPU for each worker; null: if there is one")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each worker")
+    address: str | None = Field(
+        None, description="address of a running Ray cluster (auto, ray://...); null: a local one"
+    )
+
+
+class Tracking(Model):
+    """The MLflow run."""
+
+    enabled: bool = Field(True, description="record the run in MLflow when it is installed")
+    uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    experiment: str = Field("aceray", min_length=1, description="MLflow experiment")
+
+
+class Config(Model):
+    """One run, whole."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run and of its folder"
+    )
+    runs: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    seed: int = Field(1, ge=0, description="seed of the network, the batches and the drawn poses")
+    simulation: Simulation | None = Field(None, description="how the dataset is made; null: it is there already")
+    data: Data = Field(default_factory=Data, description="the particles")
+    encoder: Encoder = Field(default_factory=MlpEncoder, description="image to pose")
+    decoder: VoxelDecoder = Field(default_factory=VoxelDecoder, description="pose to image")
+    ipi: Ipi = Field(default_factory=Ipi, description="image-pose-image task")
+    pip: Pip = Field(default_factory=Pip, description="pose-image-pose task")
+    optim: Optim = Field(default_factory=Optim, description="optimiser")
+    train: Train = Field(default_factory=Train, description="length and rhythm")
+    resources: Resources = Field(default_factory=Resources, description="workers and devices")
+    tracking: Tracking = Field(default_factory=Tracking, description="MLflow")
