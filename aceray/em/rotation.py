@@ -16,7 +16,7 @@ except ImportError:
 
     def _rows_from_sixd(sixd: Tensor) -> Tensor:
         columns = sixd.unflatten(-1, (2, 3)).transpose(-1, -2)
-        return roma.special_gramschmidt(columns).transpose(-1, -2)
+        return roma.special_gramschmidt(columns, epsilon=1e-12).transpose(-1, -2)
 
 
 def rotation_from_sixd(sixd: Float[Tensor, "*batch 6"]) -> Float[Tensor, "*batch 3 3"]:
@@ -35,17 +35,17 @@ def rotation_from_relion(
 def relion_from_rotation(
     rotation: Float[Tensor, "*batch 3 3"],
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """RELION's (rot, tilt, psi) in degrees, tilt in [0, 180]; at tilt 0 or 180 all in-plane rotation is in rot."""
+    """RELION's (rot, tilt, psi) in degrees, tilt in [0, 180]; a beam exactly along z or -z has rot 0, as in RELION."""
     beam_x, beam_y, beam_z = rotation[..., 2, :].unbind(-1)
+    # adding zero turns -0.0 into 0.0, so that the pole has rot 0 and not 180
+    rot = torch.atan2(beam_y + 0.0, beam_x + 0.0)
     # the sine from two entries keeps precision near the poles, where the arc cosine of beam_z loses half its digits
     tilt = torch.atan2(torch.hypot(beam_x, beam_y), beam_z)
-    polar = torch.hypot(beam_x, beam_y) < 1e-6
-    rot = torch.where(
-        polar,
-        torch.atan2(rotation[..., 0, 1] * beam_z.sign(), rotation[..., 0, 0] * beam_z.sign()),
-        torch.atan2(beam_y, beam_x),
+    # psi is what rot leaves over: near a pole rot is rounding noise, and psi must undo exactly that noise
+    x_axis, y_axis = rotation[..., 0, :], rotation[..., 1, :]
+    psi = torch.atan2(
+        x_axis[..., 1] * rot.cos() - x_axis[..., 0] * rot.sin(), y_axis[..., 1] * rot.cos() - y_axis[..., 0] * rot.sin()
     )
-    psi = torch.where(polar, torch.zeros_like(rot), torch.atan2(rotation[..., 1, 2], -rotation[..., 0, 2]))
     return torch.rad2deg(rot), torch.rad2deg(tilt), torch.rad2deg(psi)
 
 
