@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first command creates and later ones reuse.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test acceptance bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        simulate the spliceosome, reconstruct it, show the results (about 5 minutes on 2 cores)"
+	@echo "make test        the quick test suite"
+	@echo "make acceptance  the slow tests as well"
+	@echo "make bench       measure accuracy and speed, print the tables"
+	@echo "make lint        ruff, the layers, the types"
+	@echo "make clean       remove .venv and caches; data/, runs/ and mlflow.db stay"
+
+# The stamp is written last, so that an interrupted installation starts again.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "aceray needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/aceray simulate demo --existing keep
+	$(BIN)/aceray train demo --existing overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+acceptance: $(READY)
+	$(BIN)/python -m pytest -q
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache
