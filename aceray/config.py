@@ -150,7 +150,7 @@ class Optim(Model):
     weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on voxels")
     warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
     schedule: Literal["cosine", "multistep"] = Field("cosine", description="how the learning rates fall")
-    hold_fraction: Fraction = Field(0.3, description="cosine: share of the steps before the fall begins")
+    hold_fraction: float = Field(0.3, ge=0, lt=1, description="cosine: share of the steps before the fall begins")
     final_factor: Fraction = Field(0.05, description="cosine: share of the learning rates left at the end")
     milestones: tuple[Fraction, ...] = Field(
         (0.6, 0.85), description="multistep: shares of the steps at which they fall tenfold"

@@ -1,0 +1,63 @@
+"""The verbs of aceray in Python; the command line calls these and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from aceray.config import Config
+from aceray.errors import ConfigError
+from aceray.presets import load_config
+
+if TYPE_CHECKING:
+    from aceray.folder import Existing, RunResult
+
+__all__ = ["OnProgress", "evaluate", "load_config", "simulate", "train"]
+
+OnProgress = Callable[[Any], None]
+
+
+def simulate(
+    config: Config, existing: Literal["error", "keep", "overwrite"] = "error", on_progress: OnProgress | None = None
+) -> Path:
+    """Make the dataset that `config.simulation` describes and write it to `config.data.path`; returns that folder.
+
+    A folder that holds something is an error, is kept as it is if it holds this very dataset, or is overwritten.
+    `on_progress` is called after every shard.
+
+    Raises:
+        ConfigError: the configuration describes no simulation.
+        DataError: the model cannot be read, does not fit the box, or the folder cannot be written.
+    """
+    if config.simulation is None:
+        raise ConfigError("simulation: null, so there is nothing to simulate; add a preset such as data/spliceosome_32")
+    from aceray.distributed import prepare
+
+    return prepare.simulate(config, existing, on_progress)
+
+
+def train(config: Config, existing: "Existing" = "error", on_progress: OnProgress | None = None) -> "RunResult":
+    """Train on the dataset at `config.data.path` and evaluate; everything is in the run folder `runs/<name>`.
+
+    An earlier run of that name is an error, is resumed from its last checkpoint, or is overwritten. `on_progress` is
+    called with the `Progress` of every step.
+
+    Raises:
+        ConfigError: a setting contradicts the dataset or the run to resume.
+        DataError: the dataset or a checkpoint is missing or damaged, or the run folder cannot be written.
+        ClusterError: Ray cannot give what `config.resources` asks for.
+        NonFiniteLoss: a loss is not a number.
+    """
+    from aceray.distributed import run
+
+    return run.run(config, existing, on_progress)
+
+
+def evaluate(run_folder: str | Path, on_progress: OnProgress | None = None) -> "RunResult":
+    """Evaluate the last checkpoint of a run again: poses, volume, metrics and figures in its folder are renewed.
+
+    Raises:
+        DataError: this is no run folder, it has no checkpoint, or one of its files is damaged.
+    """
+    from aceray.distributed import run
+
+    return run.evaluate_run(Path(run_folder), on_progress)
