@@ -1,0 +1,1 @@
+"""Particle datasets on disk, atomic models, simulated images, MRC and STAR files."""

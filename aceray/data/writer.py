@@ -1,0 +1,194 @@
+"""Writing particle datasets: into a hidden sibling folder that takes the final name when it is complete."""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from aceray.data.manifest import MANIFEST_NAME, ImageLayout, Manifest, Shard, StoredFile
+from aceray.data.mrc import write_volume
+from aceray.data.particles import ParticleSet, open_particles, particle_schema
+from aceray.data.storage import flush_to_disk, hidden_sibling, sha256_of_file, storage_error, written_atomically
+from aceray.em.formation import background_std
+from aceray.errors import DataError
+
+ROWS_PER_GROUP = 256
+MAX_SHARD_BYTES = 256 * 2**20
+TRUTH_VOLUME_NAME = "truth.mrc"
+
+_OWN_FILE = re.compile(r"manifest\.json|truth\.mrc|particles-\d{5,}\.parquet")
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard on disk and the noise variance measured on its images."""
+
+    shard: Shard
+    background_variance: float
+
+
+def max_rows_per_shard(layout: ImageLayout) -> int:
+    """Images of whole row groups that fit in the largest shard."""
+    return max(1, MAX_SHARD_BYTES // layout.image_bytes // ROWS_PER_GROUP) * ROWS_PER_GROUP
+
+
+def write_shard(
+    folder: Path, index: int, layout: ImageLayout, images: Float[Tensor, "n d d"], columns: Mapping[str, np.ndarray]
+) -> WrittenShard:
+    """Write images and their columns (`particle_id`, `half_set`, CTF, truth; absent ones become null) as one shard.
+
+    Safe to call from several processes with different indices. Raises DataError when the disk refuses, or a pixel is
+    not finite in the stored type.
+    """
+    path = folder / f"particles-{index:05d}.parquet"
+    pixels = np.ascontiguousarray(images.numpy(), dtype=np.float32)
+    with np.errstate(over="ignore"):
+        pixels = pixels.astype(f"<{np.dtype(layout.image_dtype).str[1:]}")
+    if not np.isfinite(pixels).all():
+        largest = float(images.abs().max())
+        raise DataError(f"{path}: pixels up to {largest:.3g} do not fit {layout.image_dtype}; rescale or use float32.")
+    schema = particle_schema(layout)
+    image = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(pixels), [None, pa.py_buffer(pixels)])
+    arrays = [image]
+    for field in list(schema)[1:]:
+        values = columns.get(field.name)
+        arrays.append(pa.nulls(len(pixels), field.type) if values is None else pa.array(values, field.type))
+    with written_atomically(path) as temporary:
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=schema),
+            temporary,
+            row_group_size=ROWS_PER_GROUP,
+            compression="none",
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
+    groups = math.ceil(len(pixels) / ROWS_PER_GROUP)
+    shard = Shard(path.name, path.stat().st_size, sha256_of_file(path), len(pixels), groups)
+    # measured on what was stored, rounding included
+    measured = background_std(torch.from_numpy(pixels.astype(np.float32)))
+    return WrittenShard(shard, float(measured) ** 2)
+
+
+class ParticleWriter:
+    """Context manager that builds a dataset and gives it its name at the end.
+
+    Entering makes a hidden folder beside `path` (`.folder`; shards may be written there by other processes with
+    `write_shard` and handed in with `add`). `finish` writes the manifest and renames. Leaving without `finish`, for
+    whatever reason, removes the hidden folder and leaves what was at `path` as it was.
+
+    existing="error": `path` must be absent or empty. existing="overwrite": a dataset of aceray at `path` is replaced;
+    a folder that holds anything else is refused. Raises DataError in these cases and when the disk refuses.
+    """
+
+    def __init__(
+        self, path: Path | str, layout: ImageLayout, existing: Literal["error", "overwrite"] = "error"
+    ) -> None:
+        self.path = Path(path).expanduser().resolve()
+        self.layout = layout
+        self.existing: Literal["error", "overwrite"] = existing
+        self.folder = hidden_sibling(self.path)
+        self._written: dict[int, WrittenShard] = {}
+        self._truth: StoredFile | None = None
+
+    def __enter__(self) -> "ParticleWriter":
+        check_replaceable(self.path, self.existing)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, images: Float[Tensor, "n d d"], columns: Mapping[str, np.ndarray]) -> None:
+        """Append a shard."""
+        index = len(self._written)
+        self.add(index, write_shard(self.folder, index, self.layout, images, columns))
+
+    def add(self, index: int, written: WrittenShard) -> None:
+        """Count in a shard that `write_shard` has put into `folder`."""
+        self._written[index] = written
+
+    def write_truth_volume(self, volume: Float[Tensor, "d d d"]) -> None:
+        """Put the volume that the images are projections of beside them."""
+        path = self.folder / TRUTH_VOLUME_NAME
+        write_volume(path, volume, self.layout.pixel_size_angstrom)
+        self._truth = StoredFile(path.name, path.stat().st_size, sha256_of_file(path))
+
+    def finish(self, source: dict[str, Any]) -> ParticleSet:
+        """Write the manifest with the measured noise level, give the folder its name, and open it."""
+        written = [self._written[index] for index in sorted(self._written)]
+        particles = sum(part.shard.particles for part in written)
+        variance = sum(part.background_variance * part.shard.particles for part in written) / max(particles, 1)
+        manifest = Manifest(
+            particles=particles,
+            box=self.layout.box,
+            pixel_size_angstrom=self.layout.pixel_size_angstrom,
+            noise_std=math.sqrt(variance),
+            ctf=self.layout.ctf,
+            image_dtype=self.layout.image_dtype,
+            shards=tuple(part.shard for part in written),
+            source=source,
+            truth_volume=self._truth,
+        )
+        manifest.write(self.folder)
+        try:
+            flush_to_disk(self.folder)
+            self._take_name()
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        return open_particles(self.path)
+
+    def _take_name(self) -> None:
+        if self.existing == "error" or not self.path.exists():
+            os.rename(self.folder, self.path)
+            return
+        previous = hidden_sibling(self.path)
+        os.rename(self.path, previous)
+        try:
+            os.rename(self.folder, self.path)
+        except OSError:
+            os.rename(previous, self.path)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_replaceable(path: Path, existing: Literal["error", "overwrite"]) -> None:
+    """Raise DataError unless a dataset may be written at `path`: it is absent, empty, or a dataset to be replaced."""
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if not names:
+        return
+    if existing == "error":
+        raise DataError(
+            f"{path}: the folder exists and is not empty; choose another one, or ask to overwrite or keep it."
+        )
+    foreign = sorted(name for name in names if not _OWN_FILE.fullmatch(name))
+    if foreign or MANIFEST_NAME not in names:
+        found = foreign[0] if foreign else "no manifest"
+        raise DataError(f"{path}: holds {found}, so it is not just a dataset of aceray and is not overwritten.")
+    with suppress(DataError):
+        Manifest.read(path)
+        return
+    raise DataError(f"{path}: its manifest is not one of aceray's; remove the folder yourself or choose another one.")
