@@ -1,0 +1,176 @@
+"""Predicted poses and volume against the truth: aligned over rotation, hand and origin, then measured."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from aceray.data.particles import Truth
+from aceray.em.fourier import crop_volume
+from aceray.em.projection import padded_transform
+from aceray.em.rotation import sqfrob_to_degrees
+from aceray.errors import DataError
+from aceray.metrics.alignment import (
+    PAD,
+    PoseAlignment,
+    VolumeAlignment,
+    align_poses,
+    align_volumes,
+    aligned_coefficients,
+    search_alignments,
+)
+from aceray.metrics.coverage import coverage, view_entropy
+from aceray.metrics.fsc import FscCurve, fsc_area, half_ball, resolution_px, shell_correlation
+from aceray.metrics.pose import PoseErrors, pose_errors
+from aceray.train.predict import Poses
+
+THRESHOLDS = (0.5, 0.143)
+
+
+@dataclass(frozen=True)
+class EvaluatedPoses:
+    """Predicted poses that have a true one, in the true frame, and their errors."""
+
+    particle_id: Int[Tensor, " n"]
+    rotation: Float[Tensor, "n 3 3"]
+    errors: PoseErrors
+    alignment: PoseAlignment
+
+
+@dataclass(frozen=True)
+class EvaluatedVolume:
+    """Predicted volume in the true frame, below Nyquist, beside the true one at the same box."""
+
+    predicted: Float[Tensor, "d d d"]
+    true: Float[Tensor, "d d d"]
+    pixel_size_angstrom: float
+    alignment: VolumeAlignment
+    fsc: FscCurve
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known about a reconstruction. `poses` and `volume` are None where the truth is not known.
+
+    Keys of `metrics`: pose/rotation_* (squared Frobenius norm, or degrees), pose/shift_sq_* (squared length after
+    solving for the volume's origin, `raw` before; px are those of the stored images), pose/fraction_below_half (share
+    of rotation errors below 0.5), pose/coverage and pose/view_entropy (of beam directions), fsc/resolution_px_* (pixels
+    of the predicted volume's box), fsc/resolution_angstrom_*, fsc/auc.
+    """
+
+    metrics: dict[str, float]
+    view_rotation: Float[Tensor, "m 3 3"]
+    poses: EvaluatedPoses | None
+    volume: EvaluatedVolume | None
+
+
+@torch.no_grad()
+def evaluate(
+    volume: Float[Tensor, "d d d"],
+    poses: Poses,
+    truth: Truth | None,
+    truth_volume: Float[Tensor, "t t t"] | None,
+    pixel_size_angstrom: float,
+) -> Evaluation:
+    """Measure a volume and poses; the truth may be known in part or not at all.
+
+    The volume may have a smaller box than the true one: both stand for the same field of view, so the true one is
+    Fourier-cropped to it. pixel_size_angstrom is that of the stored images and of the true volume.
+
+    Raises:
+        DataError: non-finite predictions, no predictions, or a predicted particle the truth does not know.
+    """
+    _check(volume, poses)
+    evaluated = _evaluate_poses(poses, truth) if truth is not None else None
+    view_rotation = evaluated.rotation if evaluated else poses.rotation.detach().cpu()
+    metrics = {"pose/coverage": coverage(view_rotation), "pose/view_entropy": view_entropy(view_rotation)}
+    if evaluated:
+        metrics |= _pose_metrics(evaluated.errors, pixel_size_angstrom)
+    aligned = None
+    if truth_volume is not None:
+        aligned = _evaluate_volume(volume, truth_volume, pixel_size_angstrom, evaluated)
+        metrics |= _volume_metrics(aligned.fsc)
+    return Evaluation(metrics, view_rotation, evaluated, aligned)
+
+
+def _check(volume: Tensor, poses: Poses) -> None:
+    if len(poses.rotation) == 0:
+        raise DataError("evaluate: there are no predicted poses; predict at least one particle")
+    for name, tensor in (("volume", volume), ("rotations", poses.rotation), ("shifts", poses.shift_px)):
+        if not bool(tensor.isfinite().all()):
+            raise DataError(
+                f"evaluate: the predicted {name} hold values that are not finite; "
+                "the training diverged, go back to an earlier checkpoint or lower the learning rates"
+            )
+
+
+def _evaluate_poses(poses: Poses, truth: Truth) -> EvaluatedPoses:
+    row = _rows_of_truth(poses.particle_id.cpu(), truth.particle_id.cpu())
+    true_rotation, true_shift = truth.rotation.cpu()[row], truth.shift_px.cpu()[row]
+    predicted = poses.rotation.detach().cpu()
+    alignment = align_poses(predicted, true_rotation)
+    rotation = alignment.apply(predicted)
+    errors = pose_errors(rotation, poses.shift_px.detach().cpu(), true_rotation, true_shift)
+    return EvaluatedPoses(poses.particle_id.cpu(), rotation, errors, alignment)
+
+
+def _rows_of_truth(wanted: Int[Tensor, " n"], known: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
+    ordered, order = known.sort()
+    place = torch.searchsorted(ordered, wanted).clamp(max=len(ordered) - 1)
+    missing = wanted[ordered[place] != wanted] if len(ordered) else wanted
+    if len(missing):
+        raise DataError(
+            f"evaluate: particle {int(missing[0])} ({len(missing)} in all) has a predicted pose but no true one; "
+            "evaluate against the data set the poses were predicted for"
+        )
+    return order[place]
+
+
+def _pose_metrics(errors: PoseErrors, pixel_size_angstrom: float) -> dict[str, float]:
+    rotation, area = errors.rotation_sqfrob, pixel_size_angstrom**2
+    shift, raw = float(errors.shift_sq_px.mean()), float(errors.shift_sq_px_raw.mean())
+    return {
+        "pose/rotation_sqfrob_mean": float(rotation.mean()),
+        "pose/rotation_sqfrob_median": float(rotation.median()),
+        "pose/rotation_deg_median": float(sqfrob_to_degrees(rotation.median())),
+        "pose/fraction_below_half": errors.fraction_below_half,
+        "pose/shift_sq_px_mean": shift,
+        "pose/shift_sq_px_median": float(errors.shift_sq_px.median()),
+        "pose/shift_sq_px_raw_mean": raw,
+        "pose/shift_sq_angstrom_mean": shift * area,
+        "pose/shift_sq_angstrom_raw_mean": raw * area,
+    }
+
+
+def _evaluate_volume(
+    volume: Tensor, truth_volume: Tensor, pixel_size_angstrom: float, poses: EvaluatedPoses | None
+) -> EvaluatedVolume:
+    stored = truth_volume.shape[-1]
+    box = min(volume.shape[-1], stored)
+    true = crop_volume(truth_volume.to(volume.device, torch.float32), box)
+    predicted = crop_volume(volume.detach().float(), box)
+    starts: list[VolumeAlignment] = []
+    if poses:
+        origin = poses.errors.origin_px * (box / stored)
+        starts.append(
+            VolumeAlignment(poses.alignment.rotation.to(true.device), poses.alignment.flipped, origin.to(true.device))
+        )
+    if poses is None or poses.errors.fraction_below_half < 0.5:
+        # the poses have no frame in common that the volume must follow
+        starts += search_alignments(predicted, true)
+    alignment = align_volumes(predicted, true, starts)
+    ball = half_ball(box, true.device)
+    coefficients, target = aligned_coefficients(padded_transform(predicted, PAD), alignment, ball), ball.gather(true)
+    pixel_size = pixel_size_angstrom * stored / box
+    curve = FscCurve(shell_correlation(coefficients, target, ball).float().cpu(), box, pixel_size)
+    return EvaluatedVolume(ball.scatter(coefficients).cpu(), true.cpu(), pixel_size, alignment, curve)
+
+
+def _volume_metrics(curve: FscCurve) -> dict[str, float]:
+    metrics = {"fsc/auc": fsc_area(curve.values)}
+    for threshold in THRESHOLDS:
+        pixels = resolution_px(curve.values, threshold, curve.box)
+        metrics[f"fsc/resolution_px_{threshold}"] = pixels
+        metrics[f"fsc/resolution_angstrom_{threshold}"] = pixels * curve.pixel_size_angstrom
+    return metrics
