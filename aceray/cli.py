@@ -1,0 +1,192 @@
+"""The command line: parse, call `aceray.api`, print, and turn errors into exit codes. Nothing else."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aceray import api
+from aceray.errors import AcerayError
+
+if TYPE_CHECKING:
+    from aceray.folder import RunResult
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Ab initio cryo-EM reconstruction with ACE-EM. Settings are presets (`demo`, a YAML file) and `key=value`s.",
+)
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="PRESET_OR_KEY=VALUE", help="presets, merged from left to right, and overrides, which win"),
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        print(version("aceray"))
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _common(
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def simulate(
+    settings: Settings,
+    existing: Annotated[
+        Literal["error", "keep", "overwrite"], typer.Option(help="what to do with a dataset that is there already")
+    ] = "error",
+) -> None:
+    """Make a dataset of noisy projections of an atomic model."""
+    with _readable(f"to make the dataset: {_again('simulate', settings, existing)}"):
+        config = api.load_config(*settings)
+        with _Display("simulate", "particles") as display:
+            folder = api.simulate(config, existing, display.simulated)
+    print(f"dataset  {folder}")
+
+
+@app.command()
+def train(
+    settings: Settings,
+    existing: Annotated[
+        Literal["error", "resume", "overwrite"], typer.Option(help="what to do with a run of the same name")
+    ] = "error",
+) -> None:
+    """Reconstruct a volume and the pose of every particle."""
+    with _readable(f"to go on from the last checkpoint: {_again('train', settings, 'resume')}"):
+        config = api.load_config(*settings)
+        with _Display(config.name, "steps") as display:
+            result = api.train(config, existing, display.trained)
+    _print_result(result)
+
+
+@app.command()
+def evaluate(run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")]) -> None:
+    """Evaluate the last checkpoint of a run and renew its results."""
+    with _readable(f"to start again: {shlex.join(['aceray', 'evaluate', run_folder])}"):
+        result = api.evaluate(run_folder)
+    _print_result(result)
+
+
+def _again(verb: str, settings: list[str], existing: str) -> str:
+    return shlex.join(["aceray", verb, *settings, "--existing", existing])
+
+
+@contextmanager
+def _readable(advice: str) -> Iterator[None]:
+    """A user's mistake becomes one line and exit code 2, Ctrl-C one line and 130; our own bugs keep their traceback."""
+    try:
+        yield
+    except AcerayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        print(f"interrupted; {advice}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+class _Display:
+    """A progress bar in a terminal; in a log file, a line for every evaluation."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit}  {{task.fields[numbers]}}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(title, total=None, numbers="")
+        self.latest = ""
+
+    def __enter__(self) -> "_Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def simulated(self, progress: Any) -> None:
+        """Show a finished shard."""
+        numbers = f"{progress.shards_done} of {progress.shards} shards"
+        self.bar.update(self.task, completed=progress.particles_done, total=progress.particles, numbers=numbers)
+
+    def trained(self, progress: Any) -> None:
+        """Show a step, and keep the figures of the last evaluation beside it."""
+        if progress.metrics:
+            self.latest = _short(progress.metrics)
+            self.console.print(f"step {progress.step:6d} of {progress.steps}  {self.latest}", highlight=False)
+        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in progress.losses.items())
+        numbers = f"{losses}  {progress.particles_per_second:,.0f} particles/s  {self.latest}"
+        self.bar.update(self.task, completed=progress.step, total=progress.steps, numbers=numbers)
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    """The figures that tell how far a reconstruction is, those that the evaluation could measure."""
+    parts = [
+        ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
+        ("pose/rotation_sqfrob_median", "rotation error median {:.3g}"),
+        ("pose/coverage", "coverage {:.2f}"),
+    ]
+    return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)
+
+
+def _print_result(result: "RunResult") -> None:
+    console = Console(highlight=False)
+    console.print(_table(result.metrics))
+    for name, path in result.paths.items():
+        print(f"{name:12} {path}")
+    if result.mlflow_run_id is not None:
+        uri = api.load_config(str(result.paths["config"])).tracking.uri
+        print(f"\nto see the run in MLflow (run {result.mlflow_run_id}):")
+        print(f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+        print(f"  and open http://127.0.0.1:5000/#/runs/{result.mlflow_run_id}")
+
+
+def _table(metrics: Mapping[str, float]) -> Table:
+    table = Table("result", "value", "", box=None, header_style="bold", pad_edge=False)
+    for label, key, form, also, also_form in ROWS:
+        if (value := metrics.get(key)) is not None:
+            other = metrics.get(also)
+            table.add_row(label, form.format(value), "" if other is None else also_form.format(other))
+    seconds = metrics.get("train/wall_seconds")
+    if seconds is not None:
+        table.add_row("wall time", f"{int(seconds) // 60} min {int(seconds) % 60} s", "")
+    return table
+
+
+ROWS = [
+    ("resolution, FSC 0.5", "fsc/resolution_px_0.5", "{:.2f} px", "fsc/resolution_angstrom_0.5", "{:.1f} A"),
+    ("resolution, FSC 0.143", "fsc/resolution_px_0.143", "{:.2f} px", "fsc/resolution_angstrom_0.143", "{:.1f} A"),
+    ("rotation error, mean", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
+    ("rotation error, median", "pose/rotation_sqfrob_median", "{:.4f}", "pose/rotation_deg_median", "{:.1f} deg"),
+    ("coverage of view directions", "pose/coverage", "{:.3f}", "", ""),
+    ("particles/s", "train/particles_per_second", "{:,.0f}", "", ""),
+]

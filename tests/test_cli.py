@@ -1,0 +1,156 @@
+"""The command line: what reaches the API, what is printed, and the exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aceray import api, cli
+from aceray.config import Config
+from aceray.errors import DataError
+from aceray.presets import load_config, to_yaml
+
+METRICS = {
+    "fsc/resolution_px_0.5": 2.345,
+    "fsc/resolution_px_0.143": 2.0,
+    "fsc/resolution_angstrom_0.5": 39.87,
+    "fsc/resolution_angstrom_0.143": 34.0,
+    "pose/rotation_sqfrob_mean": 0.4321,
+    "pose/rotation_sqfrob_median": 0.1234,
+    "pose/rotation_deg_median": 14.27,
+    "pose/coverage": 0.987,
+    "train/particles_per_second": 1234.5,
+    "train/wall_seconds": 125.9,
+}
+
+
+class Step:
+    """What the training loop yields, as far as the command line reads it."""
+
+    def __init__(self, step: int, metrics: dict[str, float]) -> None:
+        self.step, self.steps, self.metrics = step, 2, metrics
+        self.losses = {"loss_ipi": 0.5, "loss_pip": 1.25}
+        self.particles_per_second = 1000.0
+
+
+class Result:
+    """The result of a run that was tracked."""
+
+    def __init__(self, folder: Path) -> None:
+        config = folder / "config.yaml"
+        config.write_text(to_yaml(load_config("tracking.uri=sqlite:///here.db")))
+        self.metrics, self.folder, self.mlflow_run_id = METRICS, folder, "abc123"
+        self.paths = {"config": config, "volume": folder / "volume.mrc"}
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_train_passes_settings_and_prints_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def train(config: Config, existing: str, on_progress: Any) -> Result:
+        seen.extend([config, existing])
+        on_progress(Step(1, {}))
+        on_progress(Step(2, METRICS))
+        return Result(tmp_path)
+
+    monkeypatch.setattr(api, "train", train)
+    done = call("train", "demo", "pip.weight=0.07", "--existing", "overwrite")
+    assert done.exit_code == 0, done.output
+    assert seen == [load_config("demo", "pip.weight=0.07"), "overwrite"]
+    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert "2.35 px" in rows["resolution, FSC 0.5"] or "2.34 px" in rows["resolution, FSC 0.5"]
+    assert "39.9 A" in rows["resolution, FSC 0.5"] and "34.0 A" in rows["resolution, FSC 0.143"]
+    assert "0.4321" in rows["rotation error, mean"] and "14.3 deg" in rows["rotation error, median"]
+    assert "0.987" in rows["coverage of view directions"] and "2 min 5 s" in rows["wall time"]
+    assert f"volume       {tmp_path / 'volume.mrc'}" in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///here.db" in done.stdout and "abc123" in done.stdout
+    assert "step      2 of 2  FSC 0.5 at 2.3" in done.stderr
+
+
+def test_simulate_passes_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def simulate(config: Config, existing: str, on_progress: Any) -> Path:
+        assert (config.data.path, existing) == ("data/demo", "keep")
+        return Path("data/demo")
+
+    monkeypatch.setattr(api, "simulate", simulate)
+    done = call("simulate", "demo", "--existing", "keep")
+    assert (done.exit_code, done.stdout) == (0, "dataset  data/demo\n")
+
+
+def test_simulate_without_a_simulation_is_a_mistake() -> None:
+    done = call("simulate", "base")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: simulation: null, so there is nothing to simulate; ")
+
+
+def test_evaluate_shows_what_could_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Result(tmp_path)
+    result.metrics = {"train/particles_per_second": 12.0}
+    result.mlflow_run_id = None
+    monkeypatch.setattr(api, "evaluate", lambda folder: result)
+    done = call("evaluate", "runs/x")
+    assert done.exit_code == 0 and "particles/s" in done.stdout
+    assert "FSC" not in done.stdout and "mlflow" not in done.stdout
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise DataError("data/demo: there is\nno dataset")
+
+    monkeypatch.setattr(api, "train", train)
+    done = call("train", "demo")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "error: data/demo: there is no dataset\n"
+
+
+def test_an_own_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(api, "train", train)
+    done = call("train", "demo")
+    assert done.exit_code == 1 and isinstance(done.exception, ZeroDivisionError)
+
+
+def test_unknown_key_in_a_fresh_process() -> None:
+    code = "from aceray.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "demo", "optim.lerning_rate=1"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: optim.lerning_rate: unknown setting; did you mean optim.encoder_lr?\n"
+
+
+def test_interrupt_says_how_to_resume() -> None:
+    code = """
+import time
+from aceray import api, cli
+def train(*_):
+    print("training", flush=True)
+    time.sleep(60)
+api.train = train
+cli.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", "demo", "name=other"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "training\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip().endswith("aceray train demo name=other --existing resume")
+    assert "Traceback" not in errors
