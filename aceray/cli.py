@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -161,13 +163,26 @@ def _short(metrics: Mapping[str, float]) -> str:
 def _print_result(result: "RunResult") -> None:
     console = Console(highlight=False)
     console.print(_table(result.metrics))
+    print()
     for name, path in result.paths.items():
-        print(f"{name:12} {path}")
+        print(f"{name:12} {_from_here(path)}")
     if result.mlflow_run_id is not None:
         uri = api.load_config(str(result.paths["config"])).tracking.uri
-        print(f"\nto see the run in MLflow (run {result.mlflow_run_id}):")
-        print(f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
-        print(f"  and open http://127.0.0.1:5000/#/runs/{result.mlflow_run_id}")
+        server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+        print("\nThe run in MLflow:")
+        if server != uri.rstrip("/"):
+            print(f"  {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
+        print(f"  {server}/#/runs/{result.mlflow_run_id}")
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _program(name: str) -> str:
+    """How to call a program that was installed with aceray, whether or not its environment is activated."""
+    return name if which(name) else shlex.quote(_from_here(Path(sys.executable).parent / name))
 
 
 def _table(metrics: Mapping[str, float]) -> Table:

@@ -72,7 +72,8 @@ def test_train_passes_settings_and_prints_the_result(tmp_path: Path, monkeypatch
     assert "0.4321" in rows["rotation error, mean"] and "14.3 deg" in rows["rotation error, median"]
     assert "0.987" in rows["coverage of view directions"] and "2 min 5 s" in rows["wall time"]
     assert f"volume       {tmp_path / 'volume.mrc'}" in done.stdout
-    assert "mlflow ui --backend-store-uri sqlite:///here.db" in done.stdout and "abc123" in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///here.db\n" in done.stdout
+    assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
     assert "step      2 of 2  FSC 0.5 at 2.3" in done.stderr
 
 
