@@ -45,12 +45,12 @@ class BackProjection:
         half = torch.arange(padded // 2 + 1, device=numerator.device) * (box / padded)
         radius = (axis[:, None, None].square() + axis[:, None].square() + half.square()).sqrt()
         shell = radius.round().long().clamp(max=len(inverse_ssnr) - 1)
-        spectrum = numerator / (denominator + inverse_ssnr[shell]).clamp_min(1e-12)
-        spectrum = torch.where(radius < box / 2, spectrum, torch.zeros_like(spectrum)) * box
+        # no cut at Nyquist: nodes just beyond it were reached too, nodes that were not hold zero
+        spectrum = numerator / (denominator + inverse_ssnr[shell]).clamp_min(1e-12) * box
         volume = torch.fft.fftshift(torch.fft.irfftn(torch.fft.ifftshift(spectrum, (0, 1)), s=(padded,) * 3))
         start = padded // 2 - box // 2
         volume = volume[(slice(start, start + box),) * 3]
-        return volume * interpolation_correction(box, padded, volume.device).to(volume.dtype)
+        return volume * interpolation_correction(padded, volume)
 
 
 def _spread(coefficients: Tensor, points: Tensor, like: Tensor, box: int) -> Tensor:
@@ -63,9 +63,9 @@ def _spread(coefficients: Tensor, points: Tensor, like: Tensor, box: int) -> Ten
 
 
 def _hermitian(spectrum: Tensor) -> Tensor:
-    """Fold both ends of kz and ky into one, and complete the kx = 0 plane, which holds both k and -k."""
-    plane = spectrum[..., :1]
-    spectrum = torch.cat([plane + plane.flip(0, 1).conj(), spectrum[..., 1:]], dim=-1)
+    """Fold both ends of kz and ky into one, and complete the planes kx = 0 and Nyquist, which hold both k and -k."""
+    first, inner, last = spectrum[..., :1], spectrum[..., 1:-1], spectrum[..., -1:]
+    spectrum = torch.cat([first + first.flip(0, 1).conj(), inner, last + last.flip(0, 1).conj()], dim=-1)
     for dim in (0, 1):
         size = spectrum.shape[dim] - 1
         first = spectrum.narrow(dim, 0, 1) + spectrum.narrow(dim, size, 1)

@@ -7,11 +7,11 @@ direction. Element e = 4 m + k first mirrors x -> -x (m = 1), then makes k quart
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from aceray.em.ctf import CtfParameters
-from aceray.em.fourier import frequency_index
+from aceray.em.fourier import HalfDisc, frequency_index
 
 ELEMENTS = 8
 HALF_TURN = 2
@@ -30,12 +30,35 @@ def pixel_tables(box: int, device: torch.device | str | None = None) -> Int[Tens
     """For each element the flat index of the pixel that every pixel of the transformed image comes from."""
     axis = frequency_index(box, device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    target = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    # row vector times G is the inverse of G applied to the column
-    source = target[None] @ element_rotations(device)[:, :2, :2].round().long()
+    target = torch.stack([x, y], dim=-1).reshape(-1, 2).float()
+    # row vector times G is the inverse of G applied to the column; in float, as GPUs multiply no integer matrices
+    source = (target @ element_rotations(device)[:, :2, :2]).round().long()
     # on an even box the edge row has no mirror image and wraps onto itself
     column, row = ((source + box // 2) % box).unbind(-1)
     return row * box + column
+
+
+def coefficient_tables(disc: HalfDisc) -> tuple[Int[Tensor, "8 p"], Float[Tensor, "8 p"]]:
+    """For each element: the half-disc coefficient that each one comes from, and -1 where it is its conjugate."""
+    frequency = disc.frequency.round().long()
+    source = (frequency.float() @ element_rotations(frequency.device)[:, :2, :2]).round().long()
+    x, y = source.unbind(-1)
+    conjugate = (x < 0) | ((x == 0) & (y < 0))
+    source = torch.where(conjugate[..., None], -source, source)
+    position = torch.full((disc.box, disc.box), -1, device=frequency.device)
+    position[frequency[:, 1], frequency[:, 0]] = torch.arange(len(frequency), device=frequency.device)
+    return position[source[..., 1], source[..., 0]], torch.where(conjugate, -1.0, 1.0)
+
+
+def transform_coefficients(
+    coefficients: Complex[Tensor, "b p"],
+    element: Int[Tensor, "b"],
+    tables: tuple[Int[Tensor, "8 p"], Float[Tensor, "8 p"]],
+) -> Complex[Tensor, "b p"]:
+    """Apply one element to each image given by its half-disc coefficients; `tables` are the coefficient_tables."""
+    source, sign = tables
+    moved = coefficients.gather(1, source[element])
+    return torch.complex(moved.real, moved.imag * sign[element])
 
 
 def transform_images(

@@ -84,6 +84,9 @@ class HalfDisc(nn.Module):
     radius: Tensor
     shell: Tensor
     weight: Tensor
+    _flat: Tensor
+    _column: Tensor
+    _column_flat: Tensor
 
     def __init__(self, box: int) -> None:
         super().__init__()

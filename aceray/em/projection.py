@@ -16,9 +16,12 @@ def padded_box(box: int, pad: int) -> int:
     return 2 * ((box * pad + 1) // 2)
 
 
-def interpolation_correction(box: int, padded: int, device: torch.device | None = None) -> Float[Tensor, "d d d"]:
-    """Real-space factor that undoes trilinear interpolation in the padded transform: 1 / prod sinc^2(x / padded)."""
-    axis = 1 / torch.sinc(frequency_index(box, device) / padded).square()
+def interpolation_correction(padded: int, volume: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+    """Real-space factor that undoes trilinear interpolation in the padded transform: 1 / prod sinc^2(x / padded).
+
+    In the volume's box, precision and device.
+    """
+    axis = 1 / torch.sinc(frequency_index(volume.shape[-1], volume.device).to(volume.dtype) / padded).square()
     return axis[:, None, None] * axis[:, None] * axis
 
 
@@ -33,7 +36,7 @@ def padded_transform(volume: Float[Tensor, "d d d"], pad: int = 2) -> Float[Tens
     padded = padded_box(box, pad)
     before = padded // 2 - box // 2
     after = padded - box - before
-    corrected = volume * interpolation_correction(box, padded, volume.device).to(volume.dtype) / box
+    corrected = volume * interpolation_correction(padded, volume) / box
     spectrum = torch.fft.rfftn(torch.fft.ifftshift(functional.pad(corrected, (before, after) * 3)))
     middle = padded // 2
     for dim in (0, 1):

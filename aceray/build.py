@@ -1,0 +1,191 @@
+"""Composition root: from settings and particles to a trainer."""
+
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import nn
+
+from aceray.config import Config, MlpEncoder
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
+from aceray.data.writer import ROWS_PER_GROUP
+from aceray.em.fourier import HalfDisc
+from aceray.em.random import named_generator
+from aceray.errors import ConfigError
+from aceray.models.autoencoder import AutoEncoder
+from aceray.models.encoder import (
+    MlpFeatures,
+    PoseEncoder,
+    ResNet18Features,
+    StandardisedInput,
+    WienerInput,
+    regressor,
+)
+from aceray.models.voxel import VoxelDecoder
+from aceray.train.evaluate import evaluate
+from aceray.train.lanes import Lane, Sampler
+from aceray.train.loop import Plan, Score, Trainer
+from aceray.train.objective import Objective
+from aceray.train.predict import Particles, particles_from_stack
+from aceray.train.schedule import LearningRate, TaskWeights, WarmupCosine, WarmupMultiStep
+from aceray.train.statistics import ImageStatistics, image_statistics
+from aceray.train.workers import sum_over_workers
+
+# filtered particles of each lane from which the input's scale is taken
+_SCALE_PARTICLES = 512
+
+
+def lane_count(config: Config) -> int:
+    """Lanes of a run: as set, otherwise one for each worker.
+
+    Raises:
+        ConfigError: the lanes or the batch cannot be shared out evenly.
+    """
+    workers = max(1, config.resources.workers)
+    lanes = config.train.lanes or workers
+    if lanes % workers:
+        raise ConfigError(f"train.lanes: {lanes} lanes cannot be shared equally by {workers} workers; use a multiple.")
+    if config.train.batch % lanes or config.train.batch < 2 * lanes:
+        raise ConfigError(
+            f"train.batch: {config.train.batch} particles cannot be shared equally by {lanes} lanes; use a multiple of "
+            f"{lanes}, at least {2 * lanes}."
+        )
+    return lanes
+
+
+def row_groups_of_lanes(particles: ParticleSet, mine: Collection[int], lanes: int) -> list[RowGroup]:
+    """The row groups of some lanes: group g of the dataset belongs to lane g modulo the number of lanes.
+
+    Raises:
+        ConfigError: there are more lanes than row groups.
+    """
+    groups = particles.row_groups()
+    if lanes > len(groups):
+        raise ConfigError(
+            f"train.lanes: {lanes} lanes, but {particles.path} has only {len(groups)} row groups; use fewer lanes or "
+            "workers, or more particles."
+        )
+    return [group for index, group in enumerate(groups) if index % lanes in mine]
+
+
+def build_trainer(
+    config: Config,
+    particles: ParticleSet,
+    stack: ParticleStack,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    score: Score | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Trainer:
+    """Model, optimiser, data and plan of one worker, whose particles (all of its lanes) are `stack`.
+
+    `wrap` puts the objective into DistributedDataParallel where there are several workers.
+    """
+    box = config.data.box or particles.manifest.box
+    disc = HalfDisc(box).to(device)
+    pixel_size_angstrom = particles.manifest.pixel_size_angstrom * particles.manifest.box / box
+    images = particles_from_stack(stack, disc, pixel_size_angstrom)
+    statistics = image_statistics(images, disc, particles.manifest.noise_std)
+    images.scaled(1 / statistics.signal_std)
+    lanes = _lanes(config, particles, stack, range(rank, lane_count(config), world_size))
+    model = _build_model(config, disc, statistics, images, lanes).to(device)
+    shift_spread_px = config.data.shift_sigma_fraction * box
+    objective = Objective(
+        model,
+        symmetric=config.ipi.loss == "symmetric",
+        shift_spread_px=shift_spread_px,
+        shift_weight=config.pip.shift_weight,
+        train_shift=config.ipi.train_shift,
+        lanes=len(lanes),
+    ).to(device)
+    plan = Plan(
+        config.train.steps,
+        TaskWeights(config.pip.weight, config.pip.warmup_steps, config.pip.combination == "convex"),
+        _learning_rate(config),
+        config.train.evaluate_every,
+        config.train.checkpoint_every,
+        config.ipi.augment,
+        shift_spread_px,
+        particles.manifest.noise_std / statistics.signal_std,
+        config.ipi.shift_l1_weight,
+        particles.manifest.box,
+    )
+    batch = config.train.batch // lane_count(config)
+    sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
+    return Trainer(objective, _build_optimiser(config, model), sampler, plan, score=score, wrap=wrap)
+
+
+def _lanes(config: Config, particles: ParticleSet, stack: ParticleStack, mine: Iterable[int]) -> list[Lane]:
+    """Which rows of the worker's stack belong to which of its lanes."""
+    groups, before = [], 0
+    for shard in particles.manifest.shards:
+        groups.append(before + torch.arange(shard.particles) // ROWS_PER_GROUP)
+        before += shard.row_groups
+    lane_of_row = torch.cat(groups)[stack.particle_id] % lane_count(config)
+    return [Lane(number, (lane_of_row == number).nonzero()[:, 0]) for number in mine]
+
+
+def truth_score(particles: ParticleSet) -> Score | None:
+    """Metrics against the truth of a simulated dataset, or None where there is none; what evaluation alone may use."""
+    truth, volume = particles.read_truth(), particles.read_truth_volume()
+    if truth is None and volume is None:
+        return None
+    pixel_size_angstrom = particles.manifest.pixel_size_angstrom
+    return lambda poses, predicted: evaluate(predicted, poses, truth, volume, pixel_size_angstrom).metrics
+
+
+def _build_model(
+    config: Config, disc: HalfDisc, statistics: ImageStatistics, images: Particles, lanes: list[Lane]
+) -> AutoEncoder:
+    box, heads = disc.box, config.encoder.heads
+    # initial weights come from a stream of their own, the same on every worker
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(named_generator("train/weights", config.seed).get_state())
+        match config.encoder:
+            case MlpEncoder(width=width, depth=depth):
+                features: nn.Module = MlpFeatures(box, width, depth)
+                rotation: nn.Module = nn.Linear(width, 6 * heads)
+                shift: nn.Module = nn.Linear(width, 2)
+            case _:
+                features = ResNet18Features(box)
+                rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
+    shift_limit_px = config.encoder.shift_range_sigma * config.data.shift_sigma_fraction * box
+    preprocess = _input_filter(config, disc, statistics, images, lanes)
+    encoder = PoseEncoder(preprocess, features, rotation, shift, shift_limit_px)
+    return AutoEncoder(encoder, VoxelDecoder(disc, config.decoder.pad), disc, statistics.signal_std)
+
+
+def _input_filter(
+    config: Config, disc: HalfDisc, statistics: ImageStatistics, images: Particles, lanes: list[Lane]
+) -> nn.Module:
+    if config.encoder.input == "standardised":
+        return StandardisedInput(disc)
+    wiener = WienerInput(disc, statistics.noise_to_signal).to(disc.radius.device)
+    few = images.take(torch.cat([lane.rows[:_SCALE_PARTICLES] for lane in lanes]).to(disc.radius.device))
+    squares = wiener(few.coefficients, few.transfer(torch.arange(len(few)), disc)).square()
+    total, count = sum_over_workers(torch.stack([squares.sum(), squares.new_tensor(squares.numel())]))
+    wiener.scale.copy_((total / count).sqrt())
+    return wiener
+
+
+def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimizer:
+    """AdamW; every parameter is in one of its groups, encoder first."""
+    groups = [
+        {
+            "params": list(model.encoder.parameters()),
+            "lr": config.optim.encoder_lr,
+            "weight_decay": config.optim.weight_decay,
+        },
+        {"params": list(model.decoder.parameters()), "lr": config.optim.decoder_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+
+
+def _learning_rate(config: Config) -> LearningRate:
+    optim, steps = config.optim, config.train.steps
+    match optim.schedule:
+        case "cosine":
+            return WarmupCosine(steps, optim.warmup_steps, optim.hold_fraction, optim.final_factor)
+        case "multistep":
+            return WarmupMultiStep(steps, optim.warmup_steps, optim.milestones)

@@ -1,0 +1,1 @@
+"""Training and evaluation; knows nothing of Ray, MLflow or files."""

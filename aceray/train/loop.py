@@ -1,0 +1,183 @@
+"""The training loop: a generator that yields after every step and leaves files, screens and clusters to others."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aceray.errors import DataError, NonFiniteLoss
+from aceray.train.lanes import Sampler
+from aceray.train.objective import Objective
+from aceray.train.predict import Poses, calibrate_normalisation, predict
+from aceray.train.schedule import LearningRate, TaskWeights
+from aceray.train.workers import broadcast_from_first
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step did. `metrics` is empty unless an evaluation was due."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    particles_per_second: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint_due: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen, and with what weight."""
+
+    steps: int
+    weights: TaskWeights
+    learning_rate: LearningRate
+    evaluate_every: int
+    checkpoint_every: int
+    augment: bool
+    shift_spread_px: float
+    noise_std: float
+    shift_l1_weight: float
+    stored_box: int
+
+
+Score = Callable[[Poses, Tensor], dict[str, float]]
+"""Metrics of predicted poses and a volume: what may know the truth, and gives training nothing back."""
+
+_CALIBRATION_PARTICLES = 4096
+_EVALUATION_PARTICLES = 1024
+
+
+class Trainer:
+    """A model in training: `run` yields progress, everything between two yields is one step."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimiser: torch.optim.Optimizer,
+        sampler: Sampler,
+        plan: Plan,
+        *,
+        score: Score | None = None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        self.model = objective.model
+        self.objective = wrap(objective)
+        self.optimiser, self.sampler, self.plan, self._score = optimiser, sampler, plan, score
+        self._base_rates = [group["lr"] for group in optimiser.param_groups]
+        self.step = 0
+
+    def run(self) -> Iterator[Progress]:
+        """Train from the present step to the last one of the plan.
+
+        Raises:
+            NonFiniteLoss: a loss is not a number; the parameters are those before this step.
+        """
+        self.model.train()
+        while self.step < self.plan.steps:
+            started = time.perf_counter()
+            losses = self._learn(self.step + 1)
+            self.step += 1
+            rate = self.sampler.particles_per_step / (time.perf_counter() - started)
+            last = self.step == self.plan.steps
+            metrics = self._evaluate() if last or self.step % self.plan.evaluate_every == 0 else {}
+            checkpoint_due = last or self.step % self.plan.checkpoint_every == 0
+            yield Progress(self.step, self.plan.steps, losses, rate, metrics, checkpoint_due)
+
+    def predict(self) -> Poses:
+        """Poses of all particles of this worker."""
+        particles = self.sampler.particles
+        calibrate_normalisation(self.model, particles.take(self.sampler.lanes[0].rows[:_CALIBRATION_PARTICLES]))
+        broadcast_from_first(list(self.model.buffers()))
+        return predict(self.model, particles, self.plan.stored_box)
+
+    def volume(self) -> Float[Tensor, "d d d"]:
+        """The decoder's volume in the units of the stored images' density, at the training box."""
+        return (self.model.decoder.volume() * self.model.signal_std).detach().cpu()
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All tensors of the model and the optimiser by name, and the step; nothing else is needed to go on."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in state.items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"step": self.step}
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, int]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            DataError: the checkpoint is of another model.
+        """
+        own = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        _check_same_model(own, tensors)
+        self.model.load_state_dict({name.removeprefix("model."): tensors[name] for name in own})
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
+        self.step = metadata["step"]
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of a part of the particles; draws no random numbers, so training goes on as if it were not there."""
+        if self._score is None:
+            return {}
+        particles = self.sampler.particles
+        few = particles.take(
+            torch.arange(min(_EVALUATION_PARTICLES, len(particles)), device=self.model.signal_std.device)
+        )
+        calibrate_normalisation(self.model, few)
+        metrics = self._score(predict(self.model, few, self.plan.stored_box), self.volume())
+        self.model.train()
+        return metrics
+
+    def _learn(self, step: int) -> dict[str, float]:
+        """One optimiser step on the weighted sum of both tasks (ACE-EM eqs. 8 and 14)."""
+        plan = self.plan
+        ipi_weight, pip_weight = plan.weights.at(step - 1)
+        drawn = self.sampler.poses(step, plan.shift_spread_px, plan.noise_std) if pip_weight > 0 else None
+        terms = self.objective(self.sampler.images(step, plan.augment), drawn)
+        total = ipi_weight * (terms["ipi"] + plan.shift_l1_weight / self.model.disc.box * terms["shift"])
+        if drawn is not None:
+            total = total + pip_weight * terms["pip"]
+        losses = _finite(step, {**terms, "total": total})
+        factor = plan.learning_rate.factor(step - 1)
+        for group, base in zip(self.optimiser.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimiser.step()
+        return losses
+
+
+def _finite(step: int, terms: dict[str, Tensor]) -> dict[str, float]:
+    # one transfer from the device for all terms
+    values = torch.stack([term.detach() for term in terms.values()]).tolist()
+    losses = {f"loss_{name}": value for name, value in zip(terms, values, strict=True)}
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"training step {step}: {name} is {value}; nothing was updated in this step. "
+                "Lower optim.encoder_lr or optim.decoder_lr, or check the images for damage."
+            )
+    return losses
+
+
+def _check_same_model(own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        shape = tuple(found[name].shape) if name in found else None
+        if shape != tuple(tensor.shape):
+            raise DataError(
+                f"checkpoint: it is of another model: {name} has shape {shape}, here it has {tuple(tensor.shape)}. "
+                "Use the settings it was trained with."
+            )
+    extra = sorted(name for name in found if name.startswith("model.") and name not in own)
+    if extra:
+        raise DataError(
+            f"checkpoint: it is of another model, which has {extra[0]}. Use the settings it was trained with."
+        )

@@ -1,0 +1,105 @@
+"""From stored particles to what the model sees, and from a trained model to the poses of particles."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+
+from aceray.data.particles import ParticleStack
+from aceray.em.ctf import CtfParameters, ctf_on_disc
+from aceray.em.fourier import HalfDisc
+from aceray.models.autoencoder import AutoEncoder
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Particles as half-disc coefficients of the training box, scaled to unit signal; pixel size of that box."""
+
+    coefficients: Complex[Tensor, "n p"]
+    ctf: CtfParameters | None
+    particle_id: Int[Tensor, " n"]
+    pixel_size_angstrom: float
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+    def take(self, index: Tensor) -> "Particles":
+        """A selection of the particles."""
+        ctf = None if self.ctf is None else self.ctf.take(index)
+        return Particles(self.coefficients[index], ctf, self.particle_id[index], self.pixel_size_angstrom)
+
+    def transfer(self, index: Tensor, disc: HalfDisc) -> Float[Tensor, "b p"] | None:
+        """Contrast transfer of a selection on the disc, or None for images without."""
+        return None if self.ctf is None else ctf_on_disc(self.ctf.take(index), disc, self.pixel_size_angstrom)
+
+    def scaled(self, factor: float) -> "Particles":
+        """The same particles with every coefficient multiplied, in place: the set may fill most of the memory."""
+        self.coefficients.mul_(factor)
+        return self
+
+
+def particles_from_stack(stack: ParticleStack, disc: HalfDisc, pixel_size_angstrom: float) -> Particles:
+    """Transform a stack of images of the disc's box once and for all; on the disc's device, in the images' units."""
+    device = disc.radius.device
+    coefficients = [
+        disc.gather(stack.images[start : start + _CHUNK].to(device)) for start in range(0, len(stack), _CHUNK)
+    ]
+    ctf = None if stack.ctf is None else stack.ctf.to(device)
+    return Particles(torch.cat(coefficients), ctf, stack.particle_id, pixel_size_angstrom)
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Predicted poses of n particles.
+
+    shift_px is in pixels of the stored images; residual is the mean squared difference per pixel between a particle
+    and its rendering on the training disc, in units of the signal's variance.
+    """
+
+    particle_id: Int[Tensor, " n"]
+    rotation: Float[Tensor, "n 3 3"]
+    shift_px: Float[Tensor, "n 2"]
+    residual: Float[Tensor, " n"]
+
+
+@torch.no_grad()
+def calibrate_normalisation(model: AutoEncoder, particles: Particles) -> None:
+    """Replace the running statistics of batch normalisation by those of these images.
+
+    While training they mix real with rendered images; inference sees real ones alone (MLP, 5NRL at 0 dB: the median
+    error falls by a fifth against the mixture).
+    """
+    layers = [module for module in model.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    model.encoder.train()
+    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
+        if len(index) > 1:
+            model.encoder(particles.coefficients[index], particles.transfer(index, model.disc))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+@torch.no_grad()
+def predict(model: AutoEncoder, particles: Particles, stored_box: int) -> Poses:
+    """Encode every particle; of several candidate poses keep the one whose rendering is nearest to the image."""
+    training = model.training
+    model.eval()
+    transform = model.decoder.transform()
+    parts = []
+    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
+        images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
+        hypotheses = model.encoder(images, ctf)
+        shifts = hypotheses.shift_px[:, None].expand(-1, hypotheses.rotation.shape[1], -1)
+        best = model.choose(transform, hypotheses.rotation, shifts, images, ctf)
+        rotation = hypotheses.rotation[torch.arange(len(best), device=best.device), best]
+        rendered = model.render(transform, rotation, hypotheses.shift_px, ctf)
+        parts.append((rotation, hypotheses.shift_px, model.residual(rendered, images)))
+    model.train(training)
+    rotation, shift_px, residual = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return Poses(particles.particle_id, rotation, shift_px * (stored_box / model.disc.box), residual)
