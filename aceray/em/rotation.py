@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 try:
-    from pytorch3d.transforms import rotation_6d_to_matrix as _rows_from_sixd
+    from pytorch3d.transforms import rotation_6d_to_matrix as _rows_from_sixd  # pyright: ignore[reportMissingImports]
 except ImportError:
 
     def _rows_from_sixd(sixd: Tensor) -> Tensor:
         columns = sixd.unflatten(-1, (2, 3)).transpose(-1, -2)
-        return roma.special_gramschmidt(columns, epsilon=1e-12).transpose(-1, -2)
+        frame = roma.special_gramschmidt(columns, epsilon=1e-12)  # pyright: ignore[reportArgumentType]
+        return frame.transpose(-1, -2)
 
 
 def rotation_from_sixd(sixd: Float[Tensor, "*batch 6"]) -> Float[Tensor, "*batch 3 3"]:
