@@ -16,6 +16,7 @@ _ADVICE = {
     errno.EACCES: "choose a folder you may write to, or change its permissions",
     errno.EPERM: "choose a folder you may write to, or change its permissions",
     errno.EROFS: "choose a folder on a disk that is not read-only",
+    errno.ENOENT: "there is no such folder or file; check the path, which every machine that takes part must see",
     errno.ENOTDIR: "a file is in the way: choose another folder",
     errno.EEXIST: "a file is in the way: choose another folder",
     errno.ENOTEMPTY: "something else was put there meanwhile: choose another folder",
@@ -37,11 +38,11 @@ def hidden_sibling(path: Path) -> Path:
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success it is flushed to disk and takes the name `path`.
 
-    Raises DataError when the system refuses; whatever goes wrong, the sibling is removed and `path` is as it was.
+    The folder must exist. Raises DataError when the system refuses; whatever goes wrong, the sibling is removed and
+    `path` is as it was.
     """
     temporary = hidden_sibling(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush_to_disk(temporary)
         os.replace(temporary, path)

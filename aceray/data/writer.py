@@ -126,6 +126,11 @@ class ParticleWriter:
         """Count in a shard that `write_shard` has put into `folder`."""
         self._written[index] = written
 
+    @property
+    def shards(self) -> int:
+        """Shards so far."""
+        return len(self._written)
+
     def write_truth_volume(self, volume: Float[Tensor, "d d d"]) -> None:
         """Put the volume that the images are projections of beside them."""
         path = self.folder / TRUTH_VOLUME_NAME

@@ -1,0 +1,153 @@
+"""Simulated datasets, shard by shard: in this process, or one Ray task for each shard. Both give the same bytes."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aceray.config import Config, Resources, Simulation
+from aceray.data.manifest import ImageLayout
+from aceray.data.particles import open_particles
+from aceray.data.simulate import CtfRanges, Plan, Recipe, plan, simulate_shard
+from aceray.data.writer import ParticleWriter, WrittenShard, write_shard
+from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
+
+# Below this Ray takes longer to start than the images to compute: 32,768 images of 32 px, 2,048 of 128 px.
+_PIXELS_WORTH_RAY = 2**25
+
+
+@dataclass(frozen=True)
+class SimulationProgress:
+    """How far the writing of a dataset is."""
+
+    shards_done: int
+    shards: int
+    particles_done: int
+    particles: int
+
+
+def simulate(
+    config: Config,
+    existing: Literal["error", "keep", "overwrite"] = "error",
+    on_progress: Callable[[SimulationProgress], None] | None = None,
+) -> Path:
+    """Write the dataset that `config.simulation` describes to `config.data.path` and return that folder.
+
+    existing="keep" leaves a dataset made by the same recipe as it is. With `resources.workers` = 0, or for a small set,
+    the shards are made in this process, otherwise by Ray tasks, which must see the folder under the same path.
+
+    Raises:
+        ConfigError: there is no simulation to do, or a value of it makes no sense.
+        DataError: the model cannot be used, the folder holds something else, or the disk refuses.
+        ClusterError: Ray cannot be reached or lost a task for good.
+    """
+    if config.simulation is None:
+        raise ConfigError("simulation: is null; add a preset such as data/spliceosome_32.")
+    recipe = recipe_from(config.simulation)
+    path = Path(config.data.path).expanduser().resolve()
+    digest = recipe.sha256()
+    if existing == "keep" and _is_kept(path, digest):
+        return path
+    with ParticleWriter(path, recipe.layout, "overwrite" if existing == "overwrite" else "error") as writer:
+        planned = plan(recipe)
+        done = 0
+        for index, written in _make_shards(planned, writer.folder, config.resources):
+            writer.add(index, written)
+            done += written.shard.particles
+            if on_progress is not None:
+                on_progress(SimulationProgress(writer.shards, len(recipe.shards), done, recipe.particles))
+        writer.write_truth_volume(planned.volume)
+        return writer.finish(_source(planned, digest)).path
+
+
+def recipe_from(simulation: Simulation) -> Recipe:
+    """The recipe of a validated configuration."""
+    values = simulation.model_dump()
+    if values["ctf"] is not None:
+        values["ctf"] = CtfRanges(**values["ctf"])
+    return Recipe(**values)
+
+
+def _is_kept(path: Path, digest: str) -> bool:
+    """Whether the very dataset is there; False where there is nothing yet. Raises DataError for anything else."""
+    try:
+        if not any(path.iterdir()):
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return False  # the writer says what is wrong with it
+    if open_particles(path).manifest.source.get("recipe_sha256") != digest:
+        raise DataError(
+            f"{path}: holds a dataset of another recipe; choose another data.path or overwrite it (existing=overwrite)."
+        )
+    return True
+
+
+def _source(planned: Plan, digest: str) -> dict[str, Any]:
+    """What the manifest says about where the images come from."""
+    try:
+        version = importlib.metadata.version("aceray")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    return {
+        "kind": "simulated",
+        "molecule": planned.molecule,
+        "recipe": dataclasses.asdict(planned.recipe),
+        "recipe_sha256": digest,
+        "aceray": version,
+    }
+
+
+def _make_shards(planned: Plan, folder: Path, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
+    recipe = planned.recipe
+    small = recipe.particles * recipe.box**2 <= _PIXELS_WORTH_RAY
+    if resources.workers == 0 or small:
+        for shard in range(len(recipe.shards)):
+            yield shard, _make_shard(planned, shard, folder, recipe.layout)
+    else:
+        yield from _make_shards_on_ray(planned, folder, resources)
+
+
+def _make_shard(planned: Plan, shard: int, folder: Path, layout: ImageLayout) -> WrittenShard:
+    images, columns = simulate_shard(planned, shard)
+    return write_shard(folder, shard, layout, images, columns)
+
+
+def _make_shards_on_ray(planned: Plan, folder: Path, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
+    """Shards in the order in which the cluster finishes them."""
+    import ray
+
+    from aceray.distributed.cluster import connect
+
+    with connect(resources.address):
+        task = ray.remote(_make_shard).options(num_cpus=1)
+        stored = ray.put(planned)
+        layout = planned.recipe.layout
+        running = {task.remote(stored, shard, folder, layout): shard for shard in range(len(planned.recipe.shards))}
+        try:
+            while running:
+                ready, _ = ray.wait(list(running), num_returns=1)
+                yield running.pop(ready[0]), _result(ready[0])
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+            # a task that still writes would outlive the folder it writes to
+            ray.wait(list(running), num_returns=len(running), timeout=30) if running else None
+
+
+def _result(reference: Any) -> WrittenShard:
+    import ray
+    import ray.exceptions
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AcerayError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ClusterError(f"Ray lost a task that simulates images ({reason}); check the nodes' memory.") from error
