@@ -55,6 +55,12 @@ class Simulation(Model):
     )
     density_width_px: float = Field(0.67, ge=0.3, le=5, description="sigma of an atom's Gaussian blob, pixels")
     ctf: CtfRanges | None = Field(None, description="ranges of the CTF; null simulates without one")
+    pose_table: str | None = Field(
+        None, description="STAR or Parquet file whose row i has the pose of particle i; null: uniform rotations"
+    )
+    ctf_table: str | None = Field(
+        None, description="STAR or Parquet file whose row i has the CTF of particle i; null: drawn from ctf"
+    )
     seed: int = Field(1, ge=0, description="seed of poses, shifts, CTFs and noise")
     image_dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored pixels")
     rows_per_shard: int = Field(1024, ge=1, description="images in one Parquet file")
