@@ -1,6 +1,7 @@
 """Presets and overrides: how they merge, what a value may be, and one readable line for every mistake."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,13 +166,8 @@ def test_presets_travel_with_the_package(tmp_path: Path) -> None:
     """A package laid out as the wheel lays it out finds `demo` in any folder."""
     root = Path(__file__).parent.parent
     site = tmp_path / "site"
-    (site / "aceray").mkdir(parents=True)
-    for file in (root / "aceray").glob("*.py"):
-        (site / "aceray" / file.name).write_bytes(file.read_bytes())
-    for file in (root / "conf").rglob("*.yaml"):
-        target = site / "aceray" / "conf" / file.relative_to(root / "conf")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    shutil.copytree(root / "aceray", site / "aceray", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+    shutil.copytree(root / "conf", site / "aceray" / "conf")
     code = "from aceray.presets import load_config; print(load_config('demo').name)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
