@@ -1,0 +1,1 @@
+"""Running aceray: in this process, or on Ray. Nothing outside this folder imports ray."""

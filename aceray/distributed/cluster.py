@@ -1,0 +1,120 @@
+"""Connecting to Ray, and asking whether it can give the workers of a run before a run waits for them."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Ray reads these when it is imported; what the user has set wins. Without the first, `uv run` would start every worker
+# through uv. Token authentication needs nothing: it is on for new local clusters unless RAY_AUTH_MODE says otherwise.
+for _name, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
+
+from aceray.config import Resources  # noqa: E402
+from aceray.errors import ClusterError  # noqa: E402
+
+# A worker leaves this share of its cores to the tasks that read its particles; with all cores taken they would wait for
+# the worker and the worker for them.
+SHARE_OF_TASKS = 0.1
+# How long a cluster may take to free or start what a run asks for.
+PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What Ray sets aside for each of `workers` workers."""
+
+    workers: int
+    cpus: float
+    gpus: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The resources of one worker under Ray's names."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+@contextlib.contextmanager
+def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
+    """A Ray session: the one this process has, the cluster at `address`, or a new local one that ends with the context.
+
+    Without an address no running cluster is joined. The dashboard of a local cluster costs a second and some memory.
+
+    Raises:
+        ClusterError: the cluster does not answer or refuses the token.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, object] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options["include_dashboard"] = dashboard
+    try:
+        ray.init(**options)
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        advice = "check resources.address, that the cluster runs, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ClusterError(f"Ray at {options['address']}: cannot connect ({reason}); {advice}") from error
+    _protect_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def reserve(resources: Resources, patience_seconds: float = PATIENCE_SECONDS) -> WorkerResources:
+    """What each worker gets, after the cluster has shown that it can give it.
+
+    The workers' resources are reserved together and given back at once, which also tells an autoscaler to start nodes.
+
+    Raises:
+        ClusterError: the cluster cannot give them, or not within the time.
+    """
+    total = ray.cluster_resources()
+    wants_gpu = total.get("GPU", 0) >= resources.workers if resources.gpu is None else resources.gpu
+    asked = WorkerResources(resources.workers, resources.cpus_per_worker * (1 - SHARE_OF_TASKS), int(wants_gpu))
+    if resources.address is None and not _fits(asked, resources, total):
+        raise ClusterError(_refusal(resources, asked, "has only"))
+    group = placement_group([asked.bundle] * asked.workers, strategy="PACK")
+    try:
+        if not group.wait(timeout_seconds=patience_seconds):
+            raise ClusterError(_refusal(resources, asked, f"did not give that within {patience_seconds:.0f} s; it has"))
+    finally:
+        remove_placement_group(group)
+    _await_return(asked)
+    return asked
+
+
+def _fits(asked: WorkerResources, resources: Resources, total: dict[str, float]) -> bool:
+    cpus = resources.workers * resources.cpus_per_worker
+    return cpus <= total.get("CPU", 0) and asked.workers * asked.gpus <= total.get("GPU", 0)
+
+
+def _await_return(asked: WorkerResources) -> None:
+    """Wait a moment for the reservation to be given back, which Ray does in the background."""
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < asked.workers * asked.cpus:
+        time.sleep(0.02)
+
+
+def _refusal(resources: Resources, asked: WorkerResources, has: str) -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    each = f"{resources.cpus_per_worker:g} CPUs" + (f" and {asked.gpus} GPU" if asked.gpus else "")
+    there = ", ".join(f"{total.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
+    return (
+        f"resources: asked for {asked.workers} workers with {each} each; the cluster {has} {there}. "
+        "Lower resources.workers, resources.cpus_per_worker or resources.gpu"
+    )
+
+
+def _protect_token() -> None:
+    """Ray writes its token file readable by all users of the machine; only its owner needs it."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with contextlib.suppress(OSError):
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)

@@ -1,0 +1,86 @@
+"""Particles from the shards on disk into the memory of the worker that trains on them, in this process or by Ray Data.
+
+Both ways read the same row groups with the same functions and give the same stack, ordered by particle.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
+from aceray.em.ctf import CtfParameters
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
+
+# One task decodes about so much: long enough to outweigh its start, short enough to spread over many cores.
+BYTES_A_TASK = 64 * 2**20
+# Reading tasks live in the share of the cores that workers leave free (cluster.SHARE_OF_TASKS).
+CPUS_A_TASK = 0.05
+TASKS_AT_ONCE = 8
+CTF_COLUMNS = tuple(field.name for field in dataclasses.fields(CtfParameters))
+
+
+def read_here(particles: ParticleSet, groups: list[RowGroup], box: int) -> ParticleStack:
+    """Read the row groups in this process, Fourier-cropped to `box`.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    return ordered(
+        stack_from_table(particles.read(part), particles.manifest, box) for part in tasks(particles, groups, box)
+    )
+
+
+def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int) -> "Dataset":
+    """A Ray data set, not executed yet, whose tasks read, verify, decode and crop the row groups of one worker."""
+    import ray
+
+    path = str(particles.path.absolute())
+    parts = [{"groups": [dataclasses.astuple(group) for group in part]} for part in tasks(particles, groups, box)]
+
+    def read(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        here = open_particles(path)
+        part = [RowGroup(int(shard), int(group)) for shard, group in batch["groups"][0]]
+        return _columns(stack_from_table(here.read(part), here.manifest, box))
+
+    # from_items places the plan in the object store; reading a data source would need a task with a whole core.
+    planned = ray.data.from_items(parts, override_num_blocks=len(parts))
+    return planned.map_batches(read, batch_size=1, num_cpus=CPUS_A_TASK, concurrency=min(TASKS_AT_ONCE, len(parts)))
+
+
+def collect(iterator: "DataIterator") -> ParticleStack:
+    """Execute the reading and keep its result in the memory of this worker."""
+    return ordered(_stack(batch) for batch in iterator.iter_batches(batch_size=None, batch_format="numpy"))
+
+
+def ordered(stacks: Iterable[ParticleStack]) -> ParticleStack:
+    """One stack in the order of the particles, however the parts arrived."""
+    stack = ParticleStack.concatenate(list(stacks))
+    order = torch.argsort(stack.particle_id)
+    return stack if bool((order[1:] > order[:-1]).all()) else stack.take(order)
+
+
+def tasks(particles: ParticleSet, groups: list[RowGroup], box: int) -> Iterator[list[RowGroup]]:
+    """The row groups in portions of about BYTES_A_TASK of decoded images, stored or cropped, whichever is larger."""
+    bytes_a_group = 256 * max(box, particles.manifest.box) ** 2 * 4
+    size = max(1, BYTES_A_TASK // bytes_a_group)
+    for start in range(0, len(groups), size):
+        yield groups[start : start + size]
+
+
+def _columns(stack: ParticleStack) -> dict[str, np.ndarray]:
+    columns = {"particle_id": stack.particle_id.numpy(), "image": stack.images.numpy()}
+    if stack.ctf is not None:
+        columns |= {name: getattr(stack.ctf, name).numpy() for name in CTF_COLUMNS}
+    return columns
+
+
+def _stack(columns: dict[str, np.ndarray]) -> ParticleStack:
+    # A batch is a read-only view of Ray's shared memory: copied, so that it can be trained on and the memory is freed.
+    tensors = {name: torch.from_numpy(np.array(values)) for name, values in columns.items()}
+    ctf = CtfParameters(**{name: tensors[name] for name in CTF_COLUMNS}) if CTF_COLUMNS[0] in tensors else None
+    return ParticleStack(images=tensors["image"], ctf=ctf, particle_id=tensors["particle_id"])

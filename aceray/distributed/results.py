@@ -1,0 +1,117 @@
+"""From the workers' shares to what a run leaves: poses, volume, evaluation and figures, in its folder and in MLflow."""
+
+import csv
+import statistics
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from aceray.config import Config
+from aceray.data.mrc import write_volume
+from aceray.data.particles import ParticleSet
+from aceray.data.relion import write_poses_star
+from aceray.data.storage import written_atomically
+from aceray.distributed.share import Share
+from aceray.em.rotation import relion_from_rotation
+from aceray.folder import RunFolder, RunResult, write_json
+from aceray.metrics.fsc import FscCurve
+from aceray.tracking import Tracker
+from aceray.train.evaluate import evaluate
+from aceray.train.figures import draw_figures
+from aceray.train.predict import Poses
+
+DIGITS_OF_A_NOTE = 4
+
+
+def write_results(
+    config: Config, folder: RunFolder, particles: ParticleSet, shares: list[Share], tracker: Tracker
+) -> RunResult:
+    """Evaluate, as far as there is a truth; write every file, metrics.json last; store them with the MLflow run.
+
+    Volume and poses are written in the reconstruction's own frame, in which they belong together; the figures show the
+    aligned volume.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    manifest, poses, volume = particles.manifest, join_poses(shares), shares[0].volume
+    pixel_size_angstrom = manifest.pixel_size_angstrom * manifest.box / volume.shape[-1]
+    evaluation = evaluate(
+        volume, poses, particles.read_truth(), particles.read_truth_volume(), manifest.pixel_size_angstrom
+    )
+    write_volume(folder.volume, volume, pixel_size_angstrom)
+    write_poses(folder, poses, manifest.pixel_size_angstrom)
+    write_poses_star(folder.poses_star, poses.rotation, poses.shift_px, particles)
+    if evaluation.volume is not None:
+        _write_curve(folder, evaluation.volume.fsc)
+    history = folder.read_history()
+    rows = [{key: value for key, value in row.items() if value is not None} for row in history]
+    folder.figures.mkdir(exist_ok=True)
+    for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
+        with written_atomically(folder.figures / f"{name}.png") as file:
+            figure.savefig(file, format="png")
+    metrics = {**_of_training(folder, rows), **evaluation.metrics}
+    write_json(folder.metrics, metrics)
+    tracker.summarise(int(metrics["train/steps"]), metrics)
+    paths = folder.paths
+    tracker.keep([path for name, path in paths.items() if name != "checkpoints"], _note(config, particles, metrics))
+    return RunResult(metrics, folder.path, paths, tracker.run_id)
+
+
+def join_poses(shares: list[Share]) -> Poses:
+    """The poses of all workers, in the order of the particles."""
+    names = ("particle_id", "rotation", "shift_px", "residual")
+    columns = {name: torch.cat([getattr(share.poses, name).detach().cpu() for share in shares]) for name in names}
+    order = columns["particle_id"].argsort()
+    return Poses(**{name: column[order] for name, column in columns.items()})
+
+
+def write_poses(folder: RunFolder, poses: Poses, pixel_size_angstrom: float) -> None:
+    """poses.parquet: particle, RELION angles and origins (minus the shift), the residual of the image."""
+    rot, tilt, psi = relion_from_rotation(poses.rotation.double())
+    origin = -poses.shift_px.double() * pixel_size_angstrom
+    columns = {
+        "particle_id": (poses.particle_id, "position in the dataset, from 0"),
+        "rot_deg": (rot, "degree, RELION ZYZ"),
+        "tilt_deg": (tilt, "degree, RELION ZYZ"),
+        "psi_deg": (psi, "degree, RELION ZYZ"),
+        "origin_x_angstrom": (origin[:, 0], "angstrom, minus the content's shift along x"),
+        "origin_y_angstrom": (origin[:, 1], "angstrom, minus the content's shift along y"),
+        "residual": (poses.residual, "mean squared difference per pixel over the signal's variance"),
+    }
+    arrays = {name: pa.array(values.numpy()) for name, (values, _) in columns.items()}
+    fields = [pa.field(name, arrays[name].type, metadata={"unit": unit}) for name, (_, unit) in columns.items()]
+    with written_atomically(folder.poses) as file:
+        pq.write_table(pa.table(list(arrays.values()), schema=pa.schema(fields)), file)
+
+
+def _of_training(folder: RunFolder, rows: list[dict[str, float]]) -> dict[str, float]:
+    """The last losses, the usual speed, the number of steps and the time they took, restarts included."""
+    last = {key: value for key, value in (rows[-1] if rows else {}).items() if key.startswith("train/")}
+    if rows:
+        last["train/particles_per_second"] = statistics.median(row["train/particles_per_second"] for row in rows)
+    steps = rows[-1]["step"] if rows else 0
+    return {**last, "train/steps": steps, "train/wall_seconds": folder.read_notes().get("wall_seconds", 0.0)}
+
+
+def _write_curve(folder: RunFolder, curve: FscCurve) -> None:
+    columns = curve.columns()
+    with written_atomically(folder.fsc) as file, open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _note(config: Config, particles: ParticleSet, metrics: dict[str, float]) -> str:
+    """What MLflow shows on the run's page, in Markdown."""
+    manifest = particles.manifest
+    shown = [(name, value) for name, value in metrics.items() if not name.startswith("train/loss")]
+    rows = "".join(f"| {name} | {value:.{DIGITS_OF_A_NOTE}g} |\n" for name, value in shown)
+    return (
+        f"ACE-EM, {config.encoder.kind} encoder, {config.decoder.kind} decoder: {manifest.particles} particles of "
+        f"{manifest.box} px ({manifest.pixel_size_angstrom:g} A/px), {config.train.steps} steps of "
+        f"{config.train.batch} particles.\n\n| metric | value |\n| --- | --- |\n{rows}\n"
+        "Artifacts: figures/slices.png, figures/fsc.png, figures/view_directions.png, figures/rotation_errors.png, "
+        "figures/training.png (those that the data allow), volume.mrc, poses.star, config.yaml."
+    )

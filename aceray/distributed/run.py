@@ -1,0 +1,194 @@
+"""A whole run: train in this process or on Ray, follow its progress, evaluate, leave its folder and its MLflow run.
+
+Without workers this needs neither Ray nor MLflow installed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+
+from aceray.build import lane_count, row_groups_of_lanes
+from aceray.config import Config
+from aceray.data.particles import ParticleSet, RowGroup, open_particles
+from aceray.distributed.ingest import read_here
+from aceray.distributed.results import write_results
+from aceray.distributed.share import Place, Share, predict_share, train_share
+from aceray.errors import AcerayError, ClusterError, DataError
+from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
+from aceray.presets import load_config
+from aceray.tracking import Tracker, software_tags, start_tracking
+from aceray.train.loop import Progress
+
+OnProgress = Callable[[Progress], None]
+
+
+def run(config: Config, existing: Existing = "error", on_progress: OnProgress | None = None) -> RunResult:
+    """Train, evaluate and leave everything in runs/<name>; `on_progress` is called after every step.
+
+    An interrupt (Ctrl-C, SIGTERM) ends the run on all machines; it can be resumed from its newest checkpoint.
+
+    Raises:
+        DataError: the data set or the run folder is missing, damaged, foreign or not free.
+        ConfigError: the run to resume had other settings; the tracking store cannot be used.
+        ClusterError: Ray cannot give the workers, or lost one too often.
+        NonFiniteLoss: a loss is not a number.
+    """
+    particles = open_particles(config.data.path)
+    workers, lanes = max(1, config.resources.workers), lane_count(config)
+    groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
+    folder = create_run_folder(config, existing)
+    try:
+        _check_data(folder, particles)
+        with _ended_by_sigterm(), start_tracking(config, folder, _tags(particles)) as tracker:
+            steps = folder.checkpoint_steps()
+            folder.cut_history(steps[-1] if steps else 0)
+            with _timed(folder), contextlib.closing(_train(config, folder, particles, groups)) as progress:
+                shares = follow(progress, folder, tracker, on_progress)
+            return write_results(config, folder, particles, shares, tracker)
+    except AcerayError:
+        folder.remove_if_nothing_done()
+        raise
+
+
+def evaluate_run(path: str | os.PathLike, on_progress: OnProgress | None = None) -> RunResult:
+    """Predict, evaluate and write the results of an earlier run again, from its newest checkpoint, in this process.
+
+    Raises:
+        DataError: the folder holds no run or no checkpoint, or the data set is not that of the run.
+    """
+    folder = open_run_folder(path)
+    config = load_config(str(folder.config))
+    steps = folder.checkpoint_steps()
+    if not steps:
+        raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
+    particles = open_particles(config.data.path)
+    _check_data(folder, particles)
+    groups, box = particles.row_groups(), config.data.box or particles.manifest.box
+    with _ended_by_sigterm(), _threads(config), start_tracking(config, folder, _tags(particles)) as tracker:
+        tracker.status_at_end = tracker.status_before
+        share = predict_share(
+            config, folder, particles, read_here(particles, groups, box), Place(device=_device(config))
+        )
+        result = write_results(config, folder, particles, [share], tracker)
+    if on_progress is not None:
+        on_progress(Progress(steps[-1], config.train.steps, {}, 0.0, result.metrics))
+    return result
+
+
+@contextlib.contextmanager
+def _timed(folder: RunFolder) -> Iterator[None]:
+    """Add the time of this attempt, also of one that fails, to the run's."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        folder.write_notes(wall_seconds=folder.read_notes().get("wall_seconds", 0.0) + time.monotonic() - started)
+
+
+def _train(
+    config: Config, folder: RunFolder, particles: ParticleSet, groups: list[list[RowGroup]]
+) -> Generator[Progress, None, list[Share]]:
+    """The progress of all workers, each with its row groups, as one; returns their shares."""
+    box = config.data.box or particles.manifest.box
+    if config.resources.workers == 0:
+        with _threads(config):
+            stack = read_here(particles, groups[0], box)
+            return [(yield from train_share(config, folder, particles, stack, Place(device=_device(config))))]
+    # Imported here: a run in this process needs no Ray.
+    from aceray.distributed.supervisor import train_on_ray
+
+    return (yield from train_on_ray(config, folder, particles, groups, box, train_share))
+
+
+def _check_data(folder: RunFolder, particles: ParticleSet) -> None:
+    """A run belongs to the particles it began with."""
+    digest = particles.manifest.sha256
+    before = folder.read_notes().get("dataset_sha256", digest)
+    if before != digest:
+        raise DataError(
+            f"{particles.path}: not the particles that the run in {folder.path} began with (sha256 {digest[:12]}, then "
+            f"{before[:12]}); set data.path to those, or start a new run (name=...)"
+        )
+    folder.write_notes(dataset_sha256=digest)
+
+
+def _tags(particles: ParticleSet) -> dict[str, str]:
+    return {"aceray.dataset_sha256": particles.manifest.sha256, **software_tags()}
+
+
+def _device(config: Config) -> str:
+    there = torch.cuda.is_available()
+    if config.resources.gpu and not there:
+        raise ClusterError(
+            "resources.gpu: true, but torch sees no GPU here; set it to false, or null to use one if there"
+        )
+    return "cuda" if there and config.resources.gpu is not False else "cpu"
+
+
+@contextlib.contextmanager
+def _threads(config: Config) -> Iterator[None]:
+    """Torch's number of threads for a run in this process, and the former number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, as a scheduler sends it, ends the run in order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def follow(
+    progress: Generator[Progress, None, list[Share]],
+    folder: RunFolder,
+    tracker: Tracker,
+    on_progress: OnProgress | None,
+) -> list[Share]:
+    """Write every step to the journal and the tracker and hand it to the caller; returns what the generator returns.
+
+    After the restart of a worker, steps that were seen already come again; they are passed over.
+    """
+    rows = folder.read_history()
+    seen = int(rows[-1]["step"]) if rows else 0
+    with open(folder.history, "a", encoding="utf-8") as journal:
+        while True:
+            try:
+                event = next(progress)
+            except StopIteration as end:
+                return end.value
+            if event.step <= seen:
+                continue
+            seen = event.step
+            row = named(event)
+            journal.write(json.dumps({"step": event.step, **finite_or_none(row)}) + "\n")
+            journal.flush()
+            tracker.log(event.step, row)
+            if on_progress is not None:
+                on_progress(event)
+
+
+def named(event: Progress) -> dict[str, float]:
+    """Losses and metrics of a step under the names of MLflow and metrics.json."""
+    row = {f"train/{name}": value for name, value in event.losses.items()}
+    return {**row, "train/particles_per_second": event.particles_per_second, **event.metrics}

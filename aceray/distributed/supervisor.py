@@ -1,0 +1,246 @@
+"""A run on Ray Train: one supervising actor, workers that train together, and their progress as an iterator.
+
+The supervisor runs the trainer and is the mailbox of the workers. It needs no core; all else that the run starts on the
+cluster belongs to it, so that killing it ends the run and nothing is left behind.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+
+from aceray.config import Config
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.distributed.cluster import WorkerResources, connect, reserve
+from aceray.distributed.ingest import collect, plan_reading
+from aceray.distributed.share import Place, Share
+from aceray.errors import AcerayError, ClusterError
+from aceray.folder import RunFolder
+from aceray.train.loop import Progress
+
+WORKERS_LOST_BEFORE_GIVING_UP = 2
+# Workers average their losses every so many steps: a message costs more than a step's worth of waiting.
+STEPS_BETWEEN_AVERAGES = 10
+SECONDS_BETWEEN_POSTS = 0.25
+ENVIRONMENT = {
+    # How often Ray Train looks at its workers; also the longest wait at the end of a run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Workers keep their working directory: relative paths mean what they meant to the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Generator[Progress, None, Share]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker needs to do its share; `work` is what it does with its particles."""
+
+    config: Config
+    folder: Path
+    particles: Path
+    groups: list[list[RowGroup]]
+    box: int
+    work: ShareOfRun
+
+
+class Supervisor:
+    """Runs the trainer; collects what workers post until the driver takes it."""
+
+    def __init__(self) -> None:
+        self._events: deque[Progress] = deque()  # posting and taking happen in different threads
+        self._shares: dict[int, Share] = {}
+
+    def post(self, events: list[Progress]) -> None:
+        """Called by rank 0: steps that are done."""
+        self._events.extend(events)
+
+    def take(self) -> list[Progress]:
+        """Called by the driver: the steps posted since the last call, in order."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def deliver(self, rank: int, share: Share) -> None:
+        """Called by every rank at the end: its result."""
+        self._shares[rank] = share
+
+    def fit(self, task: Task, resources: WorkerResources) -> list[Share]:
+        """Train, restarting lost workers from the newest checkpoint; the workers' results by rank."""
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        particles = open_particles(task.particles)
+        scratch = task.folder / ".ray"
+        shutil.rmtree(scratch, ignore_errors=True)  # Ray Train would go on from what an earlier attempt left there
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"task": task, "supervisor": ray.get_runtime_context().current_actor},
+            datasets={
+                f"particles_{rank}": plan_reading(particles, groups, task.box)
+                for rank, groups in enumerate(task.groups)
+            },
+            # Not split: a worker executes its own data set and no other.
+            dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
+            ),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=str(scratch),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=WORKERS_LOST_BEFORE_GIVING_UP, controller_failure_limit=WORKERS_LOST_BEFORE_GIVING_UP
+                ),
+                callbacks=[StopOnKnownError()],
+            ),
+        )
+        try:
+            trainer.fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return [self._shares[rank] for rank in range(resources.workers)]
+
+
+class StopOnKnownError(ray.train.UserCallback):
+    """Ends a run whose worker raised an AcerayError: it would raise it again after a restart."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller, which gives up when this raises."""
+        for error in worker_exceptions.values():
+            if (known := known_error(error)) is not None:
+                raise known
+
+
+def train_on_ray(
+    config: Config, folder: RunFolder, particles: ParticleSet, groups: list[list[RowGroup]], box: int, work: ShareOfRun
+) -> Generator[Progress, None, list[Share]]:
+    """Progress of the run as it comes from the workers; returns their results.
+
+    Closing the generator, or an interrupt in it, ends the run on the cluster.
+
+    Raises:
+        ClusterError: the cluster does not answer, cannot give the workers, or lost one too often.
+        AcerayError: what a worker raised.
+    """
+    with connect(config.resources.address):
+        resources = reserve(config.resources)
+        task = Task(config, folder.path, particles.path, groups, box, work)
+        remote = ray.remote(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": ENVIRONMENT})(Supervisor)
+        supervisor = remote.remote()
+        running = supervisor.fit.remote(task, resources)
+        try:
+            done: list[Any] = []
+            while not done:
+                done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
+                yield from ray.get(supervisor.take.remote())
+            return ray.get(running)
+        except ray.exceptions.RayError as error:
+            raise _told(error, folder) from error
+        finally:
+            ray.kill(supervisor)
+            shutil.rmtree(folder.path / ".ray", ignore_errors=True)
+
+
+def known_error(error: BaseException | None) -> AcerayError | None:
+    """The AcerayError inside the wrappers in which Ray brings it from another process, or None."""
+    waiting, seen = [error], set()
+    while waiting:
+        error = waiting.pop()
+        if not isinstance(error, BaseException) or id(error) in seen:
+            continue
+        seen.add(id(error))
+        # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
+        if isinstance(error, AcerayError) and not isinstance(error, ray.exceptions.RayError):
+            return error
+        waiting += [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
+        waiting += [getattr(error, "_base_exc", None), *getattr(error, "worker_failures", {}).values()]
+    return None
+
+
+def _told(error: ray.exceptions.RayError, folder: RunFolder) -> BaseException:
+    """What the user should see of an error that ended the run on the cluster."""
+    known = known_error(error)
+    if known is not None:
+        return known
+    cause = getattr(error, "cause", error)
+    failures = getattr(cause, "worker_failures", {0: cause})
+    lost = [failure for failure in failures.values() if "died" in str(failure) or "dead" in str(failure)]
+    if not lost:
+        return error
+    reason = " ".join(str(lost[0]).split())[:200]
+    steps = folder.checkpoint_steps()
+    return ClusterError(
+        f"a worker was lost more than {WORKERS_LOST_BEFORE_GIVING_UP} times ({reason}); look at the memory and the "
+        f"logs of its node, then resume from step {steps[-1] if steps else 0} (--existing resume)"
+    )
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """The training function of one Ray Train worker."""
+    task: Task = settings["task"]
+    supervisor = settings["supervisor"]
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
+    stack = collect(ray.train.get_dataset_shard(f"particles_{place.rank}"))
+    progress = task.work(task.config, RunFolder(task.folder), open_particles(task.particles), stack, place)
+    share = _post(_averaged(progress, place), supervisor, place)
+    ray.get(supervisor.deliver.remote(place.rank, share))
+
+
+def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Generator[list[Progress], None, Share]:
+    """Portions of steps with losses and metrics averaged over the workers, which all come here at the same steps."""
+    waiting: list[Progress] = []
+    while True:
+        try:
+            waiting.append(next(progress))
+        except StopIteration as end:
+            return end.value
+        last = waiting[-1]
+        if place.workers == 1 or last.step % STEPS_BETWEEN_AVERAGES == 0 or last.checkpoint_due:
+            yield [_average(list(same)) for same in zip(*place.gather(waiting), strict=True)]
+            waiting = []
+
+
+def _average(same_step: list[Progress]) -> Progress:
+    first = same_step[0]
+    count = len(same_step)
+    return dataclasses.replace(
+        first,
+        losses={name: sum(one.losses[name] for one in same_step) / count for name in first.losses},
+        metrics={name: sum(one.metrics[name] for one in same_step) / count for name in first.metrics},
+        particles_per_second=sum(one.particles_per_second for one in same_step),
+    )
+
+
+def _post(portions: Generator[list[Progress], None, Share], supervisor: Any, place: Place) -> Share:
+    """Send the steps to the supervisor from rank 0, a few times a second; every rank reports its checkpoints to Ray."""
+    waiting: list[Progress] = []
+    posted, sent = time.monotonic(), None
+    while True:
+        try:
+            waiting += next(portions)
+        except StopIteration as end:
+            _arrived(sent)
+            return end.value
+        last = waiting[-1]
+        if time.monotonic() - posted >= SECONDS_BETWEEN_POSTS or last.checkpoint_due:
+            if place.rank == 0:
+                _arrived(sent)  # long there; keeps the order and notices a supervisor that is gone
+                sent = supervisor.post.remote(waiting)
+            waiting, posted = [], time.monotonic()
+        if last.checkpoint_due:
+            # The checkpoint itself is in the run folder; Ray only learns how far the run is.
+            ray.train.report({"step": last.step, **last.losses})
+
+
+def _arrived(sent: Any) -> None:
+    if sent is not None:
+        ray.get(sent)
