@@ -274,5 +274,6 @@ def _separate_peaks(score: Float[Tensor, " g"], rotations: Float[Tensor, "g 3 3"
     score, peaks = score.clone(), []
     for _ in range(_SEARCH_PEAKS):
         peaks.append(int(score.argmax()))
-        score[rotation_sqfrob(rotations, rotations[peaks[-1]]) < _PEAK_DISTANCE_SQFROB] = -torch.inf
+        near = rotation_sqfrob(rotations, rotations[peaks[-1]].expand_as(rotations))
+        score[near < _PEAK_DISTANCE_SQFROB] = -torch.inf
     return peaks
