@@ -34,15 +34,24 @@ def padded_transform(volume: Float[Tensor, "d d d"], pad: int = 2) -> Float[Tens
     """
     box = volume.shape[-1]
     padded = padded_box(box, pad)
-    before = padded // 2 - box // 2
-    after = padded - box - before
     corrected = volume * interpolation_correction(padded, volume) / box
-    spectrum = torch.fft.rfftn(torch.fft.ifftshift(functional.pad(corrected, (before, after) * 3)))
-    middle = padded // 2
-    for dim in (0, 1):
-        positive, negative = spectrum.split(middle, dim)
-        spectrum = torch.cat([negative, positive, negative.narrow(dim, 0, 1)], dim)
+    # (-1)^(z + y) moves the origin of kz and ky to the middle; axis by axis, no row of zeros is ever transformed
+    sign = (1 - 2 * (frequency_index(box, volume.device) % 2)).to(volume.dtype)
+    spectrum = torch.fft.rfft(_pad_from_origin(corrected * sign[:, None, None] * sign[:, None], padded, 2), dim=2)
+    spectrum = torch.fft.fft(_pad_from_origin(spectrum, padded, 1), dim=1)
+    spectrum = torch.cat([spectrum, spectrum[:, :1]], 1)
+    spectrum = torch.fft.fft(_pad_from_origin(spectrum, padded, 0), dim=0)
+    spectrum = torch.cat([spectrum, spectrum[:1]], 0)
     return torch.stack([spectrum.real, spectrum.imag])
+
+
+def _pad_from_origin(values: Tensor, size: int, dim: int) -> Tensor:
+    """Zero-pad one axis, its middle moved to index 0 and what lies before it to the far end."""
+    box = values.shape[dim]
+    zeros = list(values.shape)
+    zeros[dim] = size - box
+    before, after = values.split([box // 2, box - box // 2], dim)
+    return torch.cat([after, values.new_zeros(zeros), before], dim)
 
 
 def sample_transform(
