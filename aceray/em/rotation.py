@@ -62,7 +62,7 @@ def random_rotations(count: int, generator: torch.Generator) -> Float[Tensor, "n
 
 
 def rotation_sqfrob(
-    predicted: Float[Tensor, "*batch 3 3"], true: Float[Tensor, "*batch 3 3"]
+    predicted: Float[Tensor, "*#batch 3 3"], true: Float[Tensor, "*#batch 3 3"]
 ) -> Float[Tensor, "*batch"]:
     """Squared Frobenius distance |R - R'|^2 = 8 sin^2(angle / 2): 0 to 8, mean 6 for random rotations."""
     return (predicted - true).square().sum(dim=(-2, -1))

@@ -23,9 +23,9 @@ class AutoEncoder(nn.Module):
     def render(
         self,
         transform: Tensor,
-        rotation: Float[Tensor, "*batch 3 3"],
-        shift_px: Float[Tensor, "*batch 2"],
-        ctf: Float[Tensor, "*batch p"] | None,
+        rotation: Float[Tensor, "*#batch 3 3"],
+        shift_px: Float[Tensor, "*#batch 2"],
+        ctf: Float[Tensor, "*#batch p"] | None,
     ) -> Complex[Tensor, "*batch p"]:
         """Noise-free images of the decoder's volume: slice, contrast transfer, shift (ACE-EM eq. 27)."""
         slices = self.decoder.slices(transform, rotation)
@@ -33,7 +33,7 @@ class AutoEncoder(nn.Module):
         return slices if self.encoder.shift_limit_px == 0 else slices * shift_phase(self.disc, shift_px)
 
     def residual(
-        self, rendered: Complex[Tensor, "*batch p"], coefficients: Complex[Tensor, "*batch p"]
+        self, rendered: Complex[Tensor, "*#batch p"], coefficients: Complex[Tensor, "*#batch p"]
     ) -> Float[Tensor, "*batch"]:
         """Mean squared difference per pixel (ACE-EM eq. 5), by Parseval on the half disc."""
         return self.disc.energy(rendered - coefficients)

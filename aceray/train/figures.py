@@ -21,7 +21,7 @@ from aceray.metrics.fsc import FscCurve, resolution_px
 from aceray.metrics.pose import GOOD_SQFROB
 from aceray.train.evaluate import THRESHOLDS, Evaluation
 
-History = Sequence[Mapping[str, float]]
+History = Sequence[Mapping[str, float | int]]
 
 # Okabe and Ito's colours, told apart by colour-blind readers
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -3,13 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-
-class LearningRate(Protocol):
-    """Factor on a base learning rate, by step counted from 0."""
-
-    def factor(self, step: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,10 @@ class WarmupMultiStep:
         ramp = min(1.0, step / max(1, self.warmup_steps))
         passed = sum(step >= milestone * self.steps for milestone in self.milestones)
         return (1 / 3 + 2 / 3 * ramp) * 0.1**passed
+
+
+LearningRate = WarmupCosine | WarmupMultiStep
+"""Factor on the base learning rates, by step counted from 0."""
 
 
 @dataclass(frozen=True)

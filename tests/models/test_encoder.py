@@ -1,0 +1,62 @@
+"""Encoders: filters, candidate rotations, bounded shifts."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from aceray.em.ctf import ctf_on_disc
+from aceray.em.fourier import HalfDisc
+from aceray.models.encoder import MlpFeatures, PoseEncoder, ResNet18Features, StandardisedInput, WienerInput, regressor
+from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, ctf_parameters, projections
+
+
+def test_wiener_input_inverts_the_ctf_where_there_is_no_noise() -> None:
+    disc = HalfDisc(BOX)
+    clean, _, _ = projections(4, noise=0.0, ctf=False)
+    ctf = ctf_on_disc(ctf_parameters(4), disc, PIXEL_SIZE_ANGSTROM)
+    wiener = WienerInput(disc, torch.full((len(disc),), 1e-6))
+    wiener.mask.fill_(1.0)
+    restored = disc.gather(wiener(clean.coefficients * ctf, ctf))
+    visible = ctf.abs() > 0.05
+    assert visible.float().mean() > 0.9
+    assert_close(restored[visible], clean.coefficients[visible], atol=1e-3, rtol=1e-3)
+
+
+def test_wiener_input_without_ctf_damps_each_shell_by_its_noise() -> None:
+    disc = HalfDisc(BOX)
+    ratio = torch.linspace(0, 3, len(disc))
+    wiener = WienerInput(disc, ratio)
+    wiener.mask.fill_(1.0)
+    wiener.scale.fill_(2.0)
+    images = torch.randn(3, len(disc), dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    images[:, disc.radius == 0] = images[:, disc.radius == 0].real.to(images.dtype)
+    assert_close(disc.gather(wiener(images, None)), images / (1 + ratio) / 2, atol=1e-5, rtol=0)
+
+
+def test_standardised_input_has_zero_mean_and_unit_deviation() -> None:
+    particles, _, _ = projections(5)
+    images = StandardisedInput(HalfDisc(BOX))(7 * particles.coefficients, None)
+    assert_close(images.mean((1, 2)), torch.zeros(5), atol=1e-5, rtol=0)
+    assert_close(images.std((1, 2)), torch.ones(5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "resnet18"])
+def test_encoder_gives_proper_rotations_and_bounded_shifts(kind: str) -> None:
+    disc = HalfDisc(32)
+    features = MlpFeatures(32, 64, 2) if kind == "mlp" else ResNet18Features(32)
+    width = features.features
+    encoder = PoseEncoder(StandardisedInput(disc), features, regressor(width, 18), nn.Linear(width, 2), 1.5)
+    with torch.no_grad():
+        encoder.shift.bias.copy_(torch.tensor([100.0, -100.0]))
+    images = torch.randn(6, len(disc), dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
+    poses = encoder(images, None)
+    assert poses.rotation.shape == (6, 3, 3, 3)
+    assert_close(poses.rotation @ poses.rotation.mT, torch.eye(3).expand(6, 3, 3, 3), atol=1e-5, rtol=0)
+    assert_close(torch.linalg.det(poses.rotation), torch.ones(6, 3), atol=1e-5, rtol=0)
+    assert_close(poses.shift_px, torch.tensor([1.5, -1.5]).expand(6, 2), atol=1e-4, rtol=0)
+
+
+def test_resnet18_has_the_size_of_the_published_network() -> None:
+    # torchvision's ResNet-18 has 11,176,512 parameters without its last layer; two more input channels of 7x7 to 64
+    assert sum(parameter.numel() for parameter in ResNet18Features(32).parameters()) == 11_176_512 + 2 * 49 * 64
