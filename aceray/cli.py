@@ -10,9 +10,11 @@ from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from aceray import api
 from aceray.errors import AcerayError
@@ -68,7 +70,7 @@ def simulate(
         config = api.load_config(*settings)
         with _Display("simulate", "particles") as display:
             folder = api.simulate(config, existing, display.simulated)
-    print(f"dataset  {folder}")
+    print(f"dataset      {_from_here(folder)}")
 
 
 @app.command()
@@ -81,7 +83,7 @@ def train(
     """Reconstruct a volume and the pose of every particle."""
     with _readable(f"to go on from the last checkpoint: {_again('train', settings, 'resume')}"):
         config = api.load_config(*settings)
-        with _Display(config.name, "steps") as display:
+        with _Display(config.name, "steps", config.train.steps) as display:
             result = api.train(config, existing, display.trained)
     _print_result(result)
 
@@ -112,49 +114,46 @@ def _readable(advice: str) -> Iterator[None]:
 
 
 class _Display:
-    """A progress bar in a terminal; in a log file, a line for every evaluation."""
+    """In a terminal a progress bar and the latest numbers; everywhere a line for every evaluation."""
 
-    def __init__(self, title: str, unit: str) -> None:
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(f"{unit}  {{task.fields[numbers]}}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task(title, total=None, numbers="")
-        self.latest = ""
+    def __init__(self, title: str, unit: str, total: int | None = None) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+        self.task = self.bar.add_task(title, total=total)
+        self.numbers = Text("starting", no_wrap=True, overflow="ellipsis")
+        self.live = Live(Group(self.bar, self.numbers), console=self.console, transient=True)
 
     def __enter__(self) -> "_Display":
-        self.bar.start()
+        if self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.live.stop()
 
     def simulated(self, progress: Any) -> None:
         """Show a finished shard."""
-        numbers = f"{progress.shards_done} of {progress.shards} shards"
-        self.bar.update(self.task, completed=progress.particles_done, total=progress.particles, numbers=numbers)
+        self.numbers.plain = f"{progress.shards_done} of {progress.shards} shards"
+        self.bar.update(self.task, completed=progress.particles_done, total=progress.particles)
 
     def trained(self, progress: Any) -> None:
-        """Show a step, and keep the figures of the last evaluation beside it."""
+        """Show a step; an evaluation also leaves a line."""
         if progress.metrics:
-            self.latest = _short(progress.metrics)
-            self.console.print(f"step {progress.step:6d} of {progress.steps}  {self.latest}", highlight=False)
-        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in progress.losses.items())
-        numbers = f"{losses}  {progress.particles_per_second:,.0f} particles/s  {self.latest}"
-        self.bar.update(self.task, completed=progress.step, total=progress.steps, numbers=numbers)
+            line = f"step {progress.step:6d} of {progress.steps}  {_short(progress.metrics)}"
+            self.console.print(line, soft_wrap=True)
+        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.losses.items())
+        self.numbers.plain = f"{losses}  {progress.particles_per_second:,.0f} particles/s"
+        if progress.step == progress.steps:
+            self.numbers.plain += "  evaluating, writing the results"
+        self.bar.update(self.task, completed=progress.step, total=progress.steps)
 
 
 def _short(metrics: Mapping[str, float]) -> str:
     """The figures that tell how far a reconstruction is, those that the evaluation could measure."""
     parts = [
         ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
-        ("pose/rotation_sqfrob_median", "rotation error median {:.3g}"),
+        ("pose/rotation_sqfrob_median", "rotation error median {:.3f}"),
         ("pose/coverage", "coverage {:.2f}"),
     ]
     return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)
@@ -186,7 +185,7 @@ def _program(name: str) -> str:
 
 
 def _table(metrics: Mapping[str, float]) -> Table:
-    table = Table("result", "value", "", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
     for label, key, form, also, also_form in ROWS:
         if (value := metrics.get(key)) is not None:
             other = metrics.get(also)
@@ -200,8 +199,14 @@ def _table(metrics: Mapping[str, float]) -> Table:
 ROWS = [
     ("resolution, FSC 0.5", "fsc/resolution_px_0.5", "{:.2f} px", "fsc/resolution_angstrom_0.5", "{:.1f} A"),
     ("resolution, FSC 0.143", "fsc/resolution_px_0.143", "{:.2f} px", "fsc/resolution_angstrom_0.143", "{:.1f} A"),
-    ("rotation error, mean", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
-    ("rotation error, median", "pose/rotation_sqfrob_median", "{:.4f}", "pose/rotation_deg_median", "{:.1f} deg"),
+    ("rotation error, mean (of 8)", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
+    (
+        "rotation error, median (of 8)",
+        "pose/rotation_sqfrob_median",
+        "{:.4f}",
+        "pose/rotation_deg_median",
+        "{:.1f} deg",
+    ),
     ("coverage of view directions", "pose/coverage", "{:.3f}", "", ""),
     ("particles/s", "train/particles_per_second", "{:,.0f}", "", ""),
 ]
