@@ -69,7 +69,7 @@ def test_train_passes_settings_and_prints_the_result(tmp_path: Path, monkeypatch
     rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
     assert "2.35 px" in rows["resolution, FSC 0.5"] or "2.34 px" in rows["resolution, FSC 0.5"]
     assert "39.9 A" in rows["resolution, FSC 0.5"] and "34.0 A" in rows["resolution, FSC 0.143"]
-    assert "0.4321" in rows["rotation error, mean"] and "14.3 deg" in rows["rotation error, median"]
+    assert "0.4321" in rows["rotation error, mean (of 8)"] and "14.3 deg" in rows["rotation error, median (of 8)"]
     assert "0.987" in rows["coverage of view directions"] and "2 min 5 s" in rows["wall time"]
     assert f"volume       {tmp_path / 'volume.mrc'}" in done.stdout
     assert "mlflow ui --backend-store-uri sqlite:///here.db\n" in done.stdout
@@ -84,7 +84,7 @@ def test_simulate_passes_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "simulate", simulate)
     done = call("simulate", "demo", "--existing", "keep")
-    assert (done.exit_code, done.stdout) == (0, "dataset  data/demo\n")
+    assert (done.exit_code, done.stdout) == (0, "dataset      data/demo\n")
 
 
 def test_simulate_without_a_simulation_is_a_mistake() -> None:
