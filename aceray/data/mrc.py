@@ -23,6 +23,11 @@ def write_volume(path: Path | str, volume: Float[Tensor, "d d d"], pixel_size_an
         file.set_data(values)
         file.set_volume()
         file.voxel_size = pixel_size_angstrom
+        # in place of mrcfile's time of writing, so that equal volumes are equal files
+        header: Any = file.header
+        header.nlabl = 1
+        header.label[:] = b""
+        header.label[0] = b"aceray"
 
 
 def read_volume(path: Path | str) -> tuple[Float[Tensor, "d d d"], float]:

@@ -126,4 +126,4 @@ def _joined(path: Path) -> pd.DataFrame:
     unknown = sorted(set(particles["rlnOpticsGroup"]) - set(optics.index))
     if unknown:
         raise DataError(f"{path}: optics group {unknown[0]} is used but not in data_optics; correct the file.")
-    return particles.join(optics, on="rlnOpticsGroup", rsuffix="_optics")
+    return particles.join(optics[[name for name in optics if name not in particles]], on="rlnOpticsGroup")

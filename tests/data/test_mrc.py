@@ -19,6 +19,16 @@ def test_a_volume_comes_back_with_its_pixel_size(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["map.mrc"]
 
 
+def test_equal_volumes_are_equal_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    write_volume(tmp_path / "a.mrc", torch.ones(4, 4, 4), 1.0)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    write_volume(tmp_path / "b.mrc", torch.ones(4, 4, 4), 1.0)
+    assert (tmp_path / "a.mrc").read_bytes() == (tmp_path / "b.mrc").read_bytes()
+    assert b"20" not in (tmp_path / "a.mrc").read_bytes()[220:1024]  # no date in a label
+    assert mrcfile.validate(tmp_path / "a.mrc")
+
+
 def test_x_is_the_fastest_axis_of_the_file(tmp_path):
     volume = torch.zeros(4, 4, 4)
     volume[0, 0, 1] = 7.0  # z = 0, y = 0, x = 1
