@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas
 
 Existing = Literal["error", "resume", "overwrite"]
+Row = dict[str, float | int | None]
+"""One step of the journal: `step`, losses and metrics; None where a number was not finite."""
 # Settings that a resumed run may change: they decide where and how it runs and what is kept, not what is computed.
 FREE_SETTINGS = (
     "name",
@@ -146,7 +148,7 @@ class RunFolder:
         """Add to the notes."""
         write_json(self.notes, self.read_notes() | notes)
 
-    def read_history(self) -> list[dict[str, float]]:
+    def read_history(self) -> list[Row]:
         """Rows of the journal, by step; a last line that was cut off by a kill is left out."""
         rows = []
         if self.history.exists():
@@ -155,7 +157,7 @@ class RunFolder:
                     rows.append(json.loads(line))
         return rows
 
-    def cut_history(self, step: int) -> list[dict[str, float]]:
+    def cut_history(self, step: int) -> list[Row]:
         """Drop the rows after `step`, which a resumed run writes again; returns what is left."""
         rows = [row for row in self.read_history() if row["step"] <= step]
         with written_atomically(self.history) as file:

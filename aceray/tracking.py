@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from aceray.config import Config
 from aceray.errors import ConfigError
@@ -49,7 +49,7 @@ class Tracker:
     def summarise(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the results of the final evaluation at the last step, also when that step has metrics already."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(

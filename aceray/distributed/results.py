@@ -46,7 +46,7 @@ def write_results(
     if evaluation.volume is not None:
         _write_curve(folder, evaluation.volume.fsc)
     history = folder.read_history()
-    rows = [{key: value for key, value in row.items() if value is not None} for row in history]
+    rows = [{key: float(value) for key, value in row.items() if value is not None} for row in history]
     folder.figures.mkdir(exist_ok=True)
     for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
         with written_atomically(folder.figures / f"{name}.png") as file:
@@ -91,7 +91,7 @@ def _of_training(folder: RunFolder, rows: list[dict[str, float]]) -> dict[str, f
     last = {key: value for key, value in (rows[-1] if rows else {}).items() if key.startswith("train/")}
     if rows:
         last["train/particles_per_second"] = statistics.median(row["train/particles_per_second"] for row in rows)
-    steps = rows[-1]["step"] if rows else 0
+    steps = rows[-1]["step"] if rows else 0.0
     return {**last, "train/steps": steps, "train/wall_seconds": folder.read_notes().get("wall_seconds", 0.0)}
 
 
