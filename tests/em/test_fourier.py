@@ -19,7 +19,7 @@ from aceray.em.random import named_generator
 from tests.references.formation import fourier_coefficient
 from tests.references.projection import blob_volume
 
-BOXES = [8, 9, 16, 17]
+BOXES = [8, 9, 10, 17]
 
 
 def noise(*shape: int) -> torch.Tensor:

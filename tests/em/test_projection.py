@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from aceray.em.backprojection import BackProjection
 from aceray.em.formation import shift_image
-from aceray.em.fourier import HalfDisc
+from aceray.em.fourier import HalfDisc, crop_images, crop_volume
 from aceray.em.projection import central_slice, padded_transform, project_real, project_slice
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, relion_from_rotation, rotation_from_relion, rotation_from_sixd
@@ -167,6 +167,13 @@ def test_projection_is_linear_and_keeps_the_mass(project, bound: float) -> None:
     assert_close(project(3 * volume, rotation), 3 * project(volume, rotation), rtol=0, atol=1e-4)
     mass = project(volume, rotation).sum(dim=(1, 2))
     assert_close(mass, volume.sum().expand(4), rtol=bound, atol=0)
+
+
+def test_a_cropped_volume_projects_to_the_cropped_image_times_the_squared_ratio_of_boxes() -> None:
+    volume, rotation = phantom(48, sigma_px=2.5), rotations(4)
+    of_cropped = central_slice(padded_transform(crop_volume(volume, 24)), rotation, HalfDisc(24))
+    cropped = HalfDisc(24).gather(crop_images(project_slice(volume, rotation), 24))
+    assert relative_error(of_cropped, cropped / 4) < 0.01
 
 
 def test_batch_of_any_shape_equals_loop() -> None:

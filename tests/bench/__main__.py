@@ -1,0 +1,19 @@
+"""`python -m tests.bench [accuracy] [physics] [training]`: all of them, in this order, or those named."""
+
+import importlib
+import importlib.util
+import sys
+
+import torch
+
+
+def main() -> None:
+    """Run the benchmarks on one thread; one that is not there is left out."""
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or ("accuracy", "physics", "training"):
+        if importlib.util.find_spec(f"tests.bench.{name}") is not None:
+            importlib.import_module(f"tests.bench.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
