@@ -187,7 +187,7 @@ def check_replaceable(path: Path, existing: Literal["error", "overwrite"]) -> No
         return
     if existing == "error":
         raise DataError(
-            f"{path}: the folder exists and is not empty; choose another one, or ask to overwrite or keep it."
+            f"{path}: the folder exists and is not empty; choose another one, or --existing keep or overwrite."
         )
     foreign = sorted(name for name in names if not _OWN_FILE.fullmatch(name))
     if foreign or MANIFEST_NAME not in names:

@@ -81,7 +81,7 @@ def _is_kept(path: Path, digest: str) -> bool:
         return False  # the writer says what is wrong with it
     if open_particles(path).manifest.source.get("recipe_sha256") != digest:
         raise DataError(
-            f"{path}: holds a dataset of another recipe; choose another data.path or overwrite it (existing=overwrite)."
+            f"{path}: holds a dataset of another recipe; choose another data.path, or --existing overwrite."
         )
     return True
 

@@ -255,6 +255,6 @@ def test_a_molecule_larger_than_the_box_is_refused():
 
 def test_the_box_that_the_message_names_is_large_enough():
     atoms = read_atoms("5NRL")
-    with pytest.raises(DataError, match="choose a box of 29 px"):
+    with pytest.raises(DataError, match="choose a box of 30 px"):
         density(atoms, 28, 17.0, 11.4)
     density(atoms, 30, 17.0, 11.4)
