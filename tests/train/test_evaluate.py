@@ -58,12 +58,12 @@ def truth() -> Truth:
     return Truth(random_rotations(COUNT, generator_of("true")), shift, torch.arange(COUNT))
 
 
-def solved(sign: int = 1) -> tuple[torch.Tensor, Poses]:
-    """A perfect reconstruction in another frame: rotated, of either hand, its content displaced by ORIGIN."""
+def solved(sign: int = 1, origin: torch.Tensor = ORIGIN) -> tuple[torch.Tensor, Poses]:
+    """A perfect reconstruction in another frame: rotated, of either hand, its content displaced by the origin."""
     true, turn = truth(), random_rotations(1, generator_of("frame"))[0]
     hand = true.rotation if sign > 0 else flip_hand(true.rotation)
-    shift = true.shift_px - origin_displacement(true.rotation, ORIGIN)
-    return volume(turn, sign, ORIGIN), Poses(true.particle_id, hand @ turn.T, shift, torch.zeros(COUNT))
+    shift = true.shift_px - origin_displacement(true.rotation, origin)
+    return volume(turn, sign, origin), Poses(true.particle_id, hand @ turn.T, shift, torch.zeros(COUNT))
 
 
 def true_volume() -> torch.Tensor:
@@ -116,7 +116,8 @@ def test_units_of_known_errors() -> None:
 
 
 def test_a_volume_of_a_smaller_box_has_larger_pixels() -> None:
-    predicted, poses = solved(-1)
+    origin = torch.tensor([7.0, -7.0, 6.0])
+    predicted, poses = solved(-1, origin)
     result = evaluate(crop_volume(predicted, 16), poses, truth(), true_volume(), PIXEL_SIZE)
     assert result.volume is not None
     assert result.volume.pixel_size_angstrom == 2 * PIXEL_SIZE
@@ -124,8 +125,8 @@ def test_a_volume_of_a_smaller_box_has_larger_pixels() -> None:
     assert result.metrics["fsc/resolution_px_0.5"] == 2
     assert result.metrics["fsc/resolution_angstrom_0.5"] == 4 * PIXEL_SIZE
     # shifts stay in pixels of the stored images
-    assert result.metrics["pose/shift_sq_px_raw_mean"] == pytest.approx(float(ORIGIN.square().sum()) * 2 / 3, rel=0.1)
-    assert_close(result.volume.alignment.shift_px, ORIGIN / 2, atol=0.05, rtol=0)
+    assert result.metrics["pose/shift_sq_px_raw_mean"] == pytest.approx(float(origin.square().sum()) * 2 / 3, rel=0.1)
+    assert_close(result.volume.alignment.shift_px, origin / 2, atol=0.05, rtol=0)
 
 
 def evaluated(known: Truth | None, known_volume: torch.Tensor | None) -> Evaluation:
