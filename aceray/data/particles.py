@@ -158,10 +158,6 @@ class ParticleSet:
             if position < 0 or found.field(position).type != field.type:
                 raise DataError(f"{path}: column {field.name} is missing or not {field.type}; the file is not ours.")
 
-    def has_truth(self) -> bool:
-        """Whether the true poses are there: the columns may be absent or empty."""
-        return self.read_truth() is not None
-
     def read_truth(self) -> Truth | None:
         """True poses of all particles, or None when any is unknown. For evaluation alone."""
         table = self._truth_table()
