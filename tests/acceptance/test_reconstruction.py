@@ -1,0 +1,52 @@
+"""Reconstruction from a random start really happens, and PIP is what makes it happen."""
+
+from pathlib import Path
+
+import pytest
+
+import aceray
+from tests.bench.training import Reconstruction, reconstruct
+
+SMALL = (
+    "simulation.box=24",
+    "simulation.pixel_size_angstrom=22.67",
+    "simulation.particles=2000",
+    "simulation.density_width_px=0.8",
+    "encoder.width=256",
+    "resources.workers=0",
+    "tracking.enabled=false",
+)
+
+
+def run(folder: Path, preset: str, *overrides: str) -> Reconstruction:
+    config = aceray.load_config(preset, *overrides, f"data.path={folder / 'data'}", "train.evaluate_every=100000")
+    aceray.simulate(config, existing="keep")
+    return reconstruct(config)
+
+
+def test_pip_beats_no_pip_at_equal_steps_on_a_small_box(tmp_path: Path) -> None:
+    steps = ("train.steps=300", "seed=1")
+    with_pip = run(tmp_path, "clean", *SMALL, *steps).metrics
+    without = run(tmp_path, "clean", *SMALL, *steps, "pip.weight=0").metrics
+    assert with_pip["pose/rotation_sqfrob_mean"] < 0.5 * without["pose/rotation_sqfrob_mean"]
+    assert without["pose/rotation_sqfrob_mean"] > 2
+    assert with_pip["pose/coverage"] > 0.95
+    assert with_pip["fsc/resolution_px_0.5"] < without["fsc/resolution_px_0.5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_noise_free_spliceosome(tmp_path: Path, seed: int) -> None:
+    metrics = run(tmp_path, "clean", "resources.workers=0", f"seed={seed}").metrics
+    assert metrics["fsc/resolution_px_0.5"] <= 2.1
+    assert metrics["pose/rotation_sqfrob_median"] <= 0.03
+    assert metrics["pose/coverage"] >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_demo_set(tmp_path: Path, seed: int) -> None:
+    metrics = run(tmp_path, "demo", "resources.workers=0", f"seed={seed}").metrics
+    assert metrics["fsc/resolution_px_0.5"] <= 3.0
+    assert metrics["pose/rotation_sqfrob_median"] <= 0.25
+    assert metrics["pose/coverage"] >= 0.95

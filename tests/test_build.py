@@ -1,0 +1,113 @@
+"""From settings and a dataset to a trainer: nothing left out of the optimiser, nothing of the truth let in."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from aceray.build import build_trainer, lane_count, row_groups_of_lanes, truth_score
+from aceray.config import Config
+from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_particles
+from aceray.distributed.ingest import read_here
+from aceray.errors import ConfigError
+from aceray.presets import load_config
+from aceray.train.loop import Trainer
+from tests.distributed.particles import BOX, write_particles
+
+SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03")
+
+
+@pytest.fixture(scope="module")
+def particles(tmp_path_factory: pytest.TempPathFactory) -> ParticleSet:
+    return write_particles(tmp_path_factory.mktemp("build") / "set")
+
+
+def trainer(config: Config, particles: ParticleSet, **place) -> Trainer:
+    stack = read_here(particles, particles.row_groups(), config.data.box or particles.manifest.box)
+    return build_trainer(config, particles, stack, **place)
+
+
+def losses(source: Trainer) -> list[dict[str, float]]:
+    return [progress.losses for progress in source.run()]
+
+
+@pytest.mark.parametrize("preset", ["base", "demo", "clean", "method/ace_em_voxel", "method/no_pip"])
+def test_every_parameter_is_in_one_group_of_the_optimiser(preset: str, particles: ParticleSet) -> None:
+    source = trainer(load_config(preset, "train.lanes=1", "resources.workers=0"), particles)
+    grouped = [parameter for group in source.optimiser.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in grouped} == {id(parameter) for parameter in source.objective.parameters()}
+    assert len(grouped) == len({id(parameter) for parameter in grouped})
+
+
+def test_encoder_and_decoder_have_their_own_learning_rates_and_voxels_no_decay(particles: ParticleSet) -> None:
+    config = load_config(*SMALL, "optim.encoder_lr=0.003", "optim.decoder_lr=0.5", "optim.weight_decay=0.1")
+    encoder, decoder = trainer(config, particles).optimiser.param_groups
+    assert (encoder["lr"], encoder["weight_decay"]) == (0.003, 0.1)
+    assert (decoder["lr"], decoder["weight_decay"]) == (0.5, 0.0)
+    assert [tuple(parameter.shape) for parameter in decoder["params"]] == [(BOX, BOX, BOX)]
+
+
+@pytest.mark.parametrize("preset", ["base", "method/ace_em_voxel", "method/no_pip"])
+def test_presets_train_a_few_steps(preset: str, particles: ParticleSet) -> None:
+    source = trainer(load_config(preset, "train.batch=8", "train.steps=2", "pip.warmup_steps=1"), particles)
+    history = losses(source)
+    assert len(history) == 2
+    assert source.volume().abs().max() > 0
+
+
+def test_training_does_not_read_the_truth(particles: ParticleSet, tmp_path: Path) -> None:
+    config = load_config(*SMALL, "train.evaluate_every=1")
+    copy = tmp_path / "without"
+    copy.mkdir()
+    for file in particles.path.iterdir():
+        if file.suffix == ".parquet":
+            table = pq.read_table(file).drop_columns(list(TRUTH_COLUMNS))
+            pq.write_table(table, copy / file.name, row_group_size=256, write_page_checksum=True)
+    blind = ParticleSet(copy, particles.manifest)
+    assert blind.read_truth() is None
+    seeing = trainer(config, particles, score=truth_score(particles))
+    assert losses(trainer(config, blind)) == losses(seeing)
+
+
+def test_training_on_fourier_crops_gives_a_smaller_volume_and_shifts_of_the_stored_box(particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL, "data.box=12"), particles)
+    losses(source)
+    assert source.volume().shape == (12, 12, 12)
+    assert source.sampler.particles.pixel_size_angstrom == pytest.approx(
+        particles.manifest.pixel_size_angstrom * 16 / 12
+    )
+    limit = 4.0 * 0.03 * BOX
+    assert source.predict().shift_px.abs().max() <= limit + 1e-5
+
+
+def test_lanes_share_out_the_row_groups(particles: ParticleSet) -> None:
+    assert row_groups_of_lanes(particles, {0}, 2) == [RowGroup(0, 0), RowGroup(1, 0)]
+    assert row_groups_of_lanes(particles, {1}, 2) == [RowGroup(0, 1), RowGroup(1, 1)]
+    source = trainer(load_config(*SMALL, "train.lanes=2"), particles)
+    ids = [set(source.sampler.particles.particle_id[lane.rows].tolist()) for lane in source.sampler.lanes]
+    assert ids[0] == {*range(256), *range(512, 768)}
+    assert ids[1] == {*range(256, 512), *range(768, 1024)}
+
+
+def test_lanes_that_cannot_be_shared_out_are_refused(particles: ParticleSet) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lanes: 3 lanes cannot be shared equally by 2 workers"):
+        lane_count(load_config("train.lanes=3", "resources.workers=2"))
+    with pytest.raises(ConfigError, match=r"train\.batch: 64 particles cannot be shared equally by 3 lanes"):
+        lane_count(load_config("train.lanes=3"))
+    with pytest.raises(ConfigError, match=r"train\.lanes: 5 lanes, but .* has only 4 row groups"):
+        row_groups_of_lanes(particles, {0}, 5)
+
+
+def test_weights_depend_on_the_seed_of_the_run_and_leave_the_global_stream_alone(particles: ParticleSet) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        trainer(load_config(*SMALL, f"seed={seed}"), particles).model.encoder.rotation.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_dataset_opens_again(particles: ParticleSet) -> None:
+    assert open_particles(particles.path).manifest == particles.manifest
