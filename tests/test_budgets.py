@@ -30,7 +30,8 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_number_of_files() -> None:
-    assert len(FILES) <= MOST_FILES
+    # the __init__.py of a folder is its one-line description
+    assert len([file for file in FILES if file.name != "__init__.py" or file.parent == PACKAGE]) <= MOST_FILES
 
 
 def test_lines_of_a_file() -> None:
