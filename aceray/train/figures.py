@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from aceray.em.rotation import sqfrob_to_degrees
@@ -51,6 +51,7 @@ _TRAINING_PANELS = {
 }
 _LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), "-.")
 _FEW_POINTS = 60
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _ACRONYMS = {"ipi": "IPI", "pip": "PIP"}
 _LATITUDES = (-60, -30, 0, 30, 60)
 
@@ -225,7 +226,7 @@ def rotation_error_figure(rotation_sqfrob: Float[Tensor, " n"]) -> Figure:
     panel.axvline(good, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), label=label)
     panel.set(xscale="log", xlim=(low, 180), ylim=(0, None))
     panel.set(xlabel="rotation error after alignment (degrees)", ylabel="share of particles")
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_major_formatter(_PLAIN)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return figure
 
@@ -257,6 +258,10 @@ def training_figure(histories: Mapping[str, History]) -> Figure:
             )
         axes.set(xlabel="step", ylabel=label, yscale=scale)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if scale == "log":
+            axes.yaxis.set_major_formatter(_PLAIN)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=max(2, len(rows)), handlelength=2.8)
     return figure
 
@@ -264,8 +269,8 @@ def training_figure(histories: Mapping[str, History]) -> Figure:
 def _draw_run(axes: Axes, history: History, labels: Mapping[str, str], line: Any) -> None:
     for (key, label), colour in zip(labels.items(), itertools.cycle(_COLOURS), strict=False):
         points = [(row["step"], row[key]) for row in history if key in row]
-        if not points:
-            continue
+        if not any(value for _, value in points):
+            continue  # a task that is switched off
         steps, values = zip(*points, strict=True)
         if len(points) <= _FEW_POINTS:
             axes.plot(steps, values, linestyle=line, color=colour, marker="o", markersize=3, label=label)

@@ -163,6 +163,11 @@ def test_training_curves_of_several_runs() -> None:
     np.testing.assert_allclose(sparse.get_ydata(), 2 + 10 / np.arange(10, 101, 10))
 
 
+def test_a_task_that_is_switched_off_is_not_drawn() -> None:
+    figure = training_figure({"": [{"step": step, "loss_ipi": 0.25, "loss_shift": 0.0} for step in range(5)]})
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["IPI"]
+
+
 def test_smoothing_keeps_a_constant_and_a_run_without_known_keys_is_an_empty_figure() -> None:
     figure = training_figure({"": [{"step": step, "loss_ipi": 0.25} for step in range(200)]})
     assert all(np.allclose(line.get_ydata(), 0.25) for line in figure.axes[0].lines)
