@@ -130,7 +130,7 @@ class Ipi(Model):
 class Pip(Model):
     """Pose-image-pose: draw a pose, project the frozen volume, predict the pose back."""
 
-    weight: float = Field(1.0, ge=0, description="weight lambda of the pose loss, ACE-EM eq. 14; 0 turns PIP off")
+    weight: float = Field(2.0, ge=0, description="weight lambda of the pose loss, ACE-EM eq. 14; 0 turns PIP off")
     warmup_steps: int = Field(0, ge=0, description="steps before PIP begins")
     combination: Literal["additive", "convex"] = Field(
         "additive", description="IPI + lambda PIP, or (1 - lambda) IPI + lambda PIP"
