@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 for _name, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
     os.environ.setdefault(_name, _value)
 
+import psutil  # noqa: E402
 import ray  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
@@ -55,16 +58,48 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
     if address is None:
         options["include_dashboard"] = dashboard
     try:
-        ray.init(**options)
-    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        advice = "check resources.address, that the cluster runs, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ClusterError(f"Ray at {options['address']}: cannot connect ({reason}); {advice}") from error
-    _protect_token()
-    try:
+        _start(options)
         yield
     finally:
-        ray.shutdown()
+        _end()  # also when an interrupt came while it started
+
+
+def _start(options: dict[str, object]) -> None:
+    try:
+        with _own_sigterm():
+            ray.init(**options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(
+            f"Ray at {options['address']}: cannot connect ({reason}); check resources.address, that the cluster runs, "
+            "and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+        ) from error
+    _protect_token()
+
+
+def _end() -> None:
+    """Shut Ray down, and with it the agents that a Ray which was still starting leaves behind for a minute."""
+    rays = [process for process in psutil.Process().children(recursive=True) if _name(process).startswith("ray")]
+    ray.shutdown()
+    _, left = psutil.wait_procs(rays, timeout=1.0)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return ""
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts its own handler in the place of the caller's, which knows better how to end."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def reserve(resources: Resources, patience_seconds: float = PATIENCE_SECONDS) -> WorkerResources:

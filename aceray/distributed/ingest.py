@@ -5,6 +5,7 @@ Both ways read the same row groups with the same functions and give the same sta
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 BYTES_A_TASK = 64 * 2**20
 # Reading tasks live in the share of the cores that workers leave free (cluster.SHARE_OF_TASKS).
 CPUS_A_TASK = 0.05
-TASKS_AT_ONCE = 8
 CTF_COLUMNS = tuple(field.name for field in dataclasses.fields(CtfParameters))
 
 
@@ -35,21 +35,31 @@ def read_here(particles: ParticleSet, groups: list[RowGroup], box: int) -> Parti
     )
 
 
-def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int) -> "Dataset":
+def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks_at_once: int) -> "Dataset":
     """A Ray data set, not executed yet, whose tasks read, verify, decode and crop the row groups of one worker."""
     import ray
 
-    path = str(particles.path.absolute())
-    parts = [{"groups": [dataclasses.astuple(group) for group in part]} for part in tasks(particles, groups, box)]
-
-    def read(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        here = open_particles(path)
-        part = [RowGroup(int(shard), int(group)) for shard, group in batch["groups"][0]]
-        return _columns(stack_from_table(here.read(part), here.manifest, box))
-
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a DataError stays one
+    portions = [{"groups": [dataclasses.astuple(group) for group in part]} for part in tasks(particles, groups, box)]
     # from_items places the plan in the object store; reading a data source would need a task with a whole core.
-    planned = ray.data.from_items(parts, override_num_blocks=len(parts))
-    return planned.map_batches(read, batch_size=1, num_cpus=CPUS_A_TASK, concurrency=min(TASKS_AT_ONCE, len(parts)))
+    planned = ray.data.from_items(portions, override_num_blocks=len(portions))
+    return planned.map_batches(
+        read_portion,
+        fn_args=(particles.path, box),
+        batch_size=1,
+        num_cpus=CPUS_A_TASK,
+        compute=ray.data.TaskPoolStrategy(size=tasks_at_once),
+    )
+
+
+def read_portion(portion: dict[str, Any], path: Path, box: int) -> dict[str, np.ndarray]:
+    """What one task does: the columns of some row groups, decoded and cropped."""
+    particles = open_particles(path)
+    groups = [RowGroup(int(shard), int(group)) for shard, group in portion["groups"][0]]
+    return _columns(stack_from_table(particles.read(groups), particles.manifest, box))
 
 
 def collect(iterator: "DataIterator") -> ParticleStack:

@@ -53,7 +53,8 @@ def write_results(
             figure.savefig(file, format="png")
     metrics = {**_of_training(folder, rows), **evaluation.metrics}
     write_json(folder.metrics, metrics)
-    tracker.summarise(int(metrics["train/steps"]), metrics)
+    news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
+    tracker.summarise(int(metrics["train/steps"]), news)
     paths = folder.paths
     tracker.keep([path for name, path in paths.items() if name != "checkpoints"], _note(config, particles, metrics))
     return RunResult(metrics, folder.path, paths, tracker.run_id)

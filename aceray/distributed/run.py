@@ -144,13 +144,13 @@ def _threads(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as a scheduler sends it, ends the run in order, as Ctrl-C does."""
+    """SIGTERM, as a scheduler sends it, ends the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        raise KeyboardInterrupt(f"signal {number}")
 
     before = signal.signal(signal.SIGTERM, end)
     try:

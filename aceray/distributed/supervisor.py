@@ -74,17 +74,16 @@ class Supervisor:
 
     def fit(self, task: Task, resources: WorkerResources) -> list[Share]:
         """Train, restarting lost workers from the newest checkpoint; the workers' results by rank."""
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         particles = open_particles(task.particles)
+        # Each task's process loads torch; more of them than cores would wait for one another.
+        tasks_at_once = max(1, int(ray.cluster_resources().get("CPU", 1)) // resources.workers)
         scratch = task.folder / ".ray"
         shutil.rmtree(scratch, ignore_errors=True)  # Ray Train would go on from what an earlier attempt left there
         trainer = TorchTrainer(
             _work,
             train_loop_config={"task": task, "supervisor": ray.get_runtime_context().current_actor},
             datasets={
-                f"particles_{rank}": plan_reading(particles, groups, task.box)
+                f"particles_{rank}": plan_reading(particles, groups, task.box, tasks_at_once)
                 for rank, groups in enumerate(task.groups)
             },
             # Not split: a worker executes its own data set and no other.
@@ -223,24 +222,24 @@ def _average(same_step: list[Progress]) -> Progress:
 def _post(portions: Generator[list[Progress], None, Share], supervisor: Any, place: Place) -> Share:
     """Send the steps to the supervisor from rank 0, a few times a second; every rank reports its checkpoints to Ray."""
     waiting: list[Progress] = []
-    posted, sent = time.monotonic(), None
-    while True:
-        try:
+    posted = time.monotonic()
+    try:
+        while True:
             waiting += next(portions)
-        except StopIteration as end:
-            _arrived(sent)
-            return end.value
-        last = waiting[-1]
-        if time.monotonic() - posted >= SECONDS_BETWEEN_POSTS or last.checkpoint_due:
-            if place.rank == 0:
-                _arrived(sent)  # long there; keeps the order and notices a supervisor that is gone
-                sent = supervisor.post.remote(waiting)
-            waiting, posted = [], time.monotonic()
-        if last.checkpoint_due:
-            # The checkpoint itself is in the run folder; Ray only learns how far the run is.
-            ray.train.report({"step": last.step, **last.losses})
+            last = waiting[-1]
+            if time.monotonic() - posted >= SECONDS_BETWEEN_POSTS or last.checkpoint_due:
+                _send(waiting, supervisor, place)
+                waiting, posted = [], time.monotonic()
+            if last.checkpoint_due:
+                # The checkpoint itself is in the run folder; Ray only learns how far the run is.
+                ray.train.report({"step": last.step, **last.losses})
+    except StopIteration as end:
+        return end.value
+    finally:
+        _send(waiting, supervisor, place)  # also the steps before an error
 
 
-def _arrived(sent: Any) -> None:
-    if sent is not None:
-        ray.get(sent)
+def _send(events: list[Progress], supervisor: Any, place: Place) -> None:
+    if place.rank == 0 and events:
+        # Waiting for the answer, about a millisecond, keeps the order and notices a supervisor that is gone.
+        ray.get(supervisor.post.remote(events))

@@ -29,9 +29,7 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two cores; starting it takes seconds, so all tests share it."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -1,0 +1,43 @@
+"""Shares of a run to which something happens; workers find them here by name."""
+
+import os
+import signal
+from collections.abc import Generator
+
+from aceray.config import Config
+from aceray.data.particles import ParticleSet, ParticleStack
+from aceray.distributed.share import Place, Share, train_share
+from aceray.errors import NonFiniteLoss
+from aceray.folder import RunFolder
+from aceray.train.loop import Progress
+
+STEP = 25
+
+
+def killed_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The worker is killed, as by the kernel, when it has done a step; its successor is left alone."""
+    progress = train_share(config, folder, particles, stack, place)
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        yield event
+        mark = folder.path / "killed"
+        if event.step == STEP and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def diverging_on_the_second_worker(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """One of two workers raises while the other waits for it; each start leaves a mark."""
+    (folder.path / f"start-{place.rank}-{os.getpid()}").touch()
+    for event in train_share(config, folder, particles, stack, place):
+        if event.step == 23 and place.rank == 1:
+            raise NonFiniteLoss("training step 23: loss_pip is nan; nothing was updated in this step.")
+        yield event
+    raise AssertionError("the other worker should have stopped this one")

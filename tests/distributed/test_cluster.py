@@ -1,0 +1,75 @@
+"""Connecting to Ray, and what is said when it cannot give what is asked."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import ray
+
+from aceray.config import Resources
+from aceray.distributed import cluster
+from aceray.distributed.cluster import WorkerResources, connect, reserve
+from aceray.errors import ClusterError
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_session_that_is_there_is_used_and_left() -> None:
+    with connect(None):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_leave_a_share_of_their_cores_to_reading() -> None:
+    asked = reserve(Resources(workers=2))
+    assert asked == WorkerResources(2, 0.9, 0)
+    assert asked.bundle == {"CPU": 0.9}
+    assert ray.available_resources()["CPU"] == 2
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    "resources, found",
+    [
+        (Resources(workers=3), "has only 2 CPUs"),
+        (Resources(workers=1, cpus_per_worker=2.5), "asked for 1 workers with 2.5 CPUs each"),
+        (Resources(workers=1, gpu=True), "1 CPUs and 1 GPU each; the cluster has only 2 CPUs (2 free), 0 GPUs"),
+    ],
+)
+def test_what_a_local_ray_can_never_give_is_refused_at_once(resources: Resources, found: str) -> None:
+    with pytest.raises(ClusterError) as error:
+        reserve(resources, patience_seconds=60.0)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_cluster_gets_time_but_not_for_ever() -> None:
+    with pytest.raises(ClusterError, match="did not give that within 1 s"):
+        reserve(Resources(workers=4, address="auto"), patience_seconds=1.0)
+    assert ray.available_resources()["CPU"] == 2
+
+
+def test_the_token_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    cluster._protect_token()
+    assert stat.S_IMODE(os.stat(token).st_mode) == 0o600
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        assert options["address"] == "10.0.0.1:6379"
+        raise ConnectionError("could not find a running Ray\nat 10.0.0.1")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(ClusterError, match=r"Ray at 10\.0\.0\.1:6379: cannot connect") as error,
+        connect("10.0.0.1:6379"),
+    ):
+        pass
+    assert "\n" not in str(error.value)

@@ -1,0 +1,109 @@
+"""Runs through Ray Train against the same runs in this process; each start of workers takes seconds, so few of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import ray
+
+from aceray.config import Config
+from aceray.distributed.run import run
+from aceray.distributed.supervisor import known_error
+from aceray.errors import ClusterError, DataError, NonFiniteLoss
+from aceray.folder import RunFolder
+from aceray.train.loop import Progress
+from tests.distributed import accidents
+
+Configure = Callable[..., Config]
+pytestmark = [
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.filterwarnings("ignore:The .*noload.* loader strategy is deprecated:DeprecationWarning"),
+]
+
+
+def journal(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key != "train/particles_per_second"} for row in rows]
+
+
+def free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0)
+
+
+def test_a_worker_killed_on_the_way_changes_nothing(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Ray Train with one worker, which is killed once, a run is the run in this process to the last bit."""
+    from mlflow import MlflowClient
+
+    here = run(configure("name=here"))
+    monkeypatch.setattr("aceray.distributed.run.train_share", accidents.killed_once)
+    database = f"sqlite:///{tmp_path}/ml.db"
+    events: list[Progress] = []
+    there = run(
+        configure("name=there", "resources.workers=1", "tracking.enabled=true", f"tracking.uri={database}"),
+        on_progress=events.append,
+    )
+    assert (there.folder / "killed").exists()
+    assert [event.step for event in events] == list(range(1, 41))
+    assert journal(there.folder) == journal(here.folder)
+    np.testing.assert_array_equal(there.volume, here.volume)
+    pandas.testing.assert_frame_equal(there.poses, here.poses)
+    assert not (there.folder / ".ray").exists()
+    client = MlflowClient(tracking_uri=database)
+    points = client.get_metric_history(there.mlflow_run_id, "train/loss_total")
+    assert [(point.step, point.value) for point in points] == [
+        (row["step"], row["train/loss_total"]) for row in journal(here.folder)
+    ]
+    assert client.get_run(there.mlflow_run_id).info.status == "FINISHED"
+
+
+def test_two_workers_do_what_one_does_with_two_lanes(configure: Configure) -> None:
+    """Few steps and one head: rounding alone makes a winner among heads change later on."""
+    quick = ("train.steps=8", "encoder.heads=1", "train.checkpoint_every=5")
+    one = run(configure("name=one", "train.lanes=2", *quick))
+    two = run(configure("name=two", "resources.workers=2", *quick))
+    for ours, theirs in zip(journal(two.folder), journal(one.folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    np.testing.assert_allclose(two.volume, one.volume, atol=2e-3 * np.abs(one.volume).max())
+    assert two.poses["particle_id"].tolist() == list(range(1024))
+    # the same checkpoint of two workers goes on in one process with both lanes
+    again = run(configure("name=two", "train.lanes=2", *quick), existing="resume")
+    np.testing.assert_array_equal(again.volume, two.volume)
+
+
+def test_a_mistake_of_one_worker_ends_the_run_at_once(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aceray.distributed.run.train_share", accidents.diverging_on_the_second_worker)
+    with pytest.raises(NonFiniteLoss) as error:
+        run(configure("resources.workers=2"))
+    assert type(error.value) is NonFiniteLoss
+    assert str(error.value) == "training step 23: loss_pip is nan; nothing was updated in this step."
+    folder = RunFolder(Path(configure().runs) / "run")
+    assert len(list(folder.path.glob("start-*"))) == 2  # nothing was started again
+    assert folder.read_history()[-1]["step"] == 20
+    assert folder.checkpoint_steps() == [10, 20]
+
+
+def test_workers_that_the_cluster_lacks(configure: Configure) -> None:
+    with pytest.raises(
+        ClusterError, match=r"asked for 3 workers with 1 CPUs each; the cluster has only 2 CPUs"
+    ) as error:
+        run(configure("resources.workers=3", "train.batch=48"))
+    assert "\n" not in str(error.value)
+    assert not (Path(configure().runs) / "run").exists()
+
+
+def test_known_errors_are_found_in_their_wrappers() -> None:
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise DataError("particles-00003.parquet: is damaged")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as error:
+        ray.get(fail.remote())
+    found = known_error(error.value)
+    assert type(found) is DataError
+    assert str(found) == "particles-00003.parquet: is damaged"
+    assert known_error(ValueError("our own bug")) is None
