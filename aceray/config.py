@@ -150,8 +150,8 @@ class Pip(Model):
 class Optim(Model):
     """AdamW with one learning rate for the encoder and one for the decoder."""
 
-    encoder_lr: float = Field(1e-3, gt=0, le=10, description="learning rate of the encoder")
-    decoder_lr: float = Field(2e-2, gt=0, le=10, description="learning rate of the voxels, in units of the image scale")
+    encoder_lr: float = Field(5e-4, gt=0, le=10, description="learning rate of the encoder")
+    decoder_lr: float = Field(4e-2, gt=0, le=10, description="learning rate of the voxels, in units of the image scale")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two running means of AdamW")
     weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on voxels")
     warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
