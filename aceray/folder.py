@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
 Existing = Literal["error", "resume", "overwrite"]
-Row = dict[str, float | int | None]
+Row = dict[str, Any]
 """One step of the journal: `step`, losses and metrics; None where a number was not finite."""
 # Settings that a resumed run may change: they decide where and how it runs and what is kept, not what is computed.
 FREE_SETTINGS = (
@@ -83,6 +83,7 @@ class RunFolder:
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
         self.notes = path / "run.json"
+        self.scratch = path / ".scratch"  # what a cluster keeps here while it trains
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -191,6 +192,7 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in folder.path.rglob(".*.partial"):
             left.unlink()
+        shutil.rmtree(folder.scratch, ignore_errors=True)
     except OSError as error:
         raise storage_error(folder.path, error) from error
     with written_atomically(folder.config) as file:
@@ -224,7 +226,7 @@ def _digest(tensors: Mapping[str, Tensor], described: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

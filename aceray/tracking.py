@@ -61,6 +61,8 @@ class Tracker:
 class MlflowTracker(Tracker):
     """One MLflow run. A step is recorded once, however often a resumed run passes it."""
 
+    run_id: str
+
     def __init__(self, client: "MlflowClient", run_id: str, last_step: int = 0) -> None:
         self.client, self.run_id, self.last_step = client, run_id, last_step
         self._waiting: list[tuple[str, float, int, int]] = []
@@ -150,7 +152,7 @@ def start_tracking(config: Config, folder: RunFolder, tags: Mapping[str, str]) -
     try:
         client = MlflowClient(tracking_uri=uri)
         earlier = _earlier_run(client, folder)
-        run_id = _create_run(client, config, uri, tags) if earlier is None else earlier.run_id
+        run_id = earlier.run_id if earlier else _create_run(client, config, uri, tags)
     except (MlflowException, OSError, ImportError) as error:
         raise ConfigError(
             f"tracking.uri: {uri} cannot be used ({_first_line(error)}); start the server, set another URI, "

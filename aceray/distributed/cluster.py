@@ -5,17 +5,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Ray reads these when it is imported; what the user has set wins. Without the first, `uv run` would start every worker
 # through uv. Token authentication needs nothing: it is on for new local clusters unless RAY_AUTH_MODE says otherwise.
-for _name, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-    os.environ.setdefault(_name, _value)
+for _key, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    os.environ.setdefault(_key, _value)
 
 import psutil  # noqa: E402
 import ray  # noqa: E402
+from ray.exceptions import AuthenticationError  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 from aceray.config import Resources  # noqa: E402
@@ -54,7 +56,7 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, object] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options["include_dashboard"] = dashboard
     try:
@@ -64,11 +66,11 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
         _end()  # also when an interrupt came while it started
 
 
-def _start(options: dict[str, object]) -> None:
+def _start(options: dict[str, Any]) -> None:
     try:
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(
             f"Ray at {options['address']}: cannot connect ({reason}); check resources.address, that the cluster runs, "
@@ -125,7 +127,7 @@ def reserve(resources: Resources, patience_seconds: float = PATIENCE_SECONDS) ->
     return asked
 
 
-def _fits(asked: WorkerResources, resources: Resources, total: dict[str, float]) -> bool:
+def _fits(asked: WorkerResources, resources: Resources, total: Mapping[str, float]) -> bool:
     cpus = resources.workers * resources.cpus_per_worker
     return cpus <= total.get("CPU", 0) and asked.workers * asked.gpus <= total.get("GPU", 0)
 

@@ -47,7 +47,7 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     # from_items places the plan in the object store; reading a data source would need a task with a whole core.
     planned = ray.data.from_items(portions, override_num_blocks=len(portions))
     return planned.map_batches(
-        read_portion,
+        read_portion,  # pyright: ignore[reportArgumentType]
         fn_args=(particles.path, box),
         batch_size=1,
         num_cpus=CPUS_A_TASK,
@@ -64,7 +64,8 @@ def read_portion(portion: dict[str, Any], path: Path, box: int) -> dict[str, np.
 
 def collect(iterator: "DataIterator") -> ParticleStack:
     """Execute the reading and keep its result in the memory of this worker."""
-    return ordered(_stack(batch) for batch in iterator.iter_batches(batch_size=None, batch_format="numpy"))
+    batches: Any = iterator.iter_batches(batch_size=None, batch_format="numpy")  # pyright: ignore[reportArgumentType]
+    return ordered(_stack(batch) for batch in batches)
 
 
 def ordered(stacks: Iterable[ParticleStack]) -> ParticleStack:

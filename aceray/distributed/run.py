@@ -5,11 +5,11 @@ Without workers this needs neither Ray nor MLflow installed.
 
 import contextlib
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import torch
 
@@ -56,7 +56,7 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
         raise
 
 
-def evaluate_run(path: str | os.PathLike, on_progress: OnProgress | None = None) -> RunResult:
+def evaluate_run(path: str | Path, on_progress: OnProgress | None = None) -> RunResult:
     """Predict, evaluate and write the results of an earlier run again, from its newest checkpoint, in this process.
 
     Raises:

@@ -4,6 +4,7 @@ The supervisor runs the trainer and is the mailbox of the workers. It needs no c
 cluster belongs to it, so that killing it ends the run and nothing is left behind.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -16,7 +17,9 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
@@ -27,7 +30,7 @@ from aceray.errors import AcerayError, ClusterError
 from aceray.folder import RunFolder
 from aceray.train.loop import Progress
 
-WORKERS_LOST_BEFORE_GIVING_UP = 2
+ATTEMPTS = 3
 # Workers average their losses every so many steps: a message costs more than a step's worth of waiting.
 STEPS_BETWEEN_AVERAGES = 10
 SECONDS_BETWEEN_POSTS = 0.25
@@ -59,6 +62,15 @@ class Supervisor:
     def __init__(self) -> None:
         self._events: deque[Progress] = deque()  # posting and taking happen in different threads
         self._shares: dict[int, Share] = {}
+        self._group: PlacementGroup | None = None
+
+    def hold(self, group: PlacementGroup) -> None:
+        """Called by rank 0 at its start: what the cluster has set aside for the workers."""
+        self._group = group
+
+    def group(self) -> PlacementGroup | None:
+        """Called by the driver at the end of a run: what it must give back."""
+        return self._group
 
     def post(self, events: list[Progress]) -> None:
         """Called by rank 0: steps that are done."""
@@ -77,11 +89,13 @@ class Supervisor:
         particles = open_particles(task.particles)
         # Each task's process loads torch; more of them than cores would wait for one another.
         tasks_at_once = max(1, int(ray.cluster_resources().get("CPU", 1)) // resources.workers)
-        scratch = task.folder / ".ray"
-        shutil.rmtree(scratch, ignore_errors=True)  # Ray Train would go on from what an earlier attempt left there
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"task": task, "supervisor": ray.get_runtime_context().current_actor},
+            train_loop_config={
+                "task": task,
+                "gpus": resources.gpus,
+                "supervisor": ray.get_runtime_context().current_actor,
+            },
             datasets={
                 f"particles_{rank}": plan_reading(particles, groups, task.box, tasks_at_once)
                 for rank, groups in enumerate(task.groups)
@@ -93,17 +107,14 @@ class Supervisor:
             ),
             run_config=ray.train.RunConfig(
                 name="train",
-                storage_path=str(scratch),
+                storage_path=str(RunFolder(task.folder).scratch),
                 failure_config=ray.train.FailureConfig(
-                    max_failures=WORKERS_LOST_BEFORE_GIVING_UP, controller_failure_limit=WORKERS_LOST_BEFORE_GIVING_UP
+                    max_failures=ATTEMPTS - 1, controller_failure_limit=ATTEMPTS - 1
                 ),
                 callbacks=[StopOnKnownError()],
             ),
         )
-        try:
-            trainer.fit()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        trainer.fit()
         return [self._shares[rank] for rank in range(resources.workers)]
 
 
@@ -131,8 +142,9 @@ def train_on_ray(
     with connect(config.resources.address):
         resources = reserve(config.resources)
         task = Task(config, folder.path, particles.path, groups, box, work)
-        remote = ray.remote(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": ENVIRONMENT})(Supervisor)
-        supervisor = remote.remote()
+        # Several calls at once: workers post while the trainer runs.
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": ENVIRONMENT}}
+        supervisor: Any = ray.remote(Supervisor).options(**options).remote()
         running = supervisor.fit.remote(task, resources)
         try:
             done: list[Any] = []
@@ -140,11 +152,21 @@ def train_on_ray(
                 done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
                 yield from ray.get(supervisor.take.remote())
             return ray.get(running)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise _told(error, folder) from error
         finally:
-            ray.kill(supervisor)
-            shutil.rmtree(folder.path / ".ray", ignore_errors=True)
+            _stop(supervisor)
+            shutil.rmtree(folder.scratch, ignore_errors=True)
+
+
+def _stop(supervisor: Any) -> None:
+    """Kill the run; Ray would keep what it had set aside for killed workers as long as the driver lives."""
+    group: Any = None
+    with contextlib.suppress(RayError):
+        group = ray.get(supervisor.group.remote(), timeout=2)
+    ray.kill(supervisor)
+    if group is not None:
+        remove_placement_group(group)
 
 
 def known_error(error: BaseException | None) -> AcerayError | None:
@@ -156,28 +178,29 @@ def known_error(error: BaseException | None) -> AcerayError | None:
             continue
         seen.add(id(error))
         # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
-        if isinstance(error, AcerayError) and not isinstance(error, ray.exceptions.RayError):
+        if isinstance(error, AcerayError) and not isinstance(error, RayError):
             return error
         waiting += [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
         waiting += [getattr(error, "_base_exc", None), *getattr(error, "worker_failures", {}).values()]
     return None
 
 
-def _told(error: ray.exceptions.RayError, folder: RunFolder) -> BaseException:
-    """What the user should see of an error that ended the run on the cluster."""
+def _told(error: RayError, folder: RunFolder) -> BaseException:
+    """What the user should see of an error that ended the run on the cluster; our own bugs keep their traceback."""
     known = known_error(error)
     if known is not None:
         return known
     cause = getattr(error, "cause", error)
-    failures = getattr(cause, "worker_failures", {0: cause})
-    lost = [failure for failure in failures.values() if "died" in str(failure) or "dead" in str(failure)]
+    failures = [*getattr(cause, "worker_failures", {}).values(), getattr(cause, "controller_failure", None), cause]
+    kinds = ("WorkerHealthCheckFailedError", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
+    lost = [failure for failure in failures if type(failure).__name__.startswith(kinds)]
     if not lost:
         return error
     reason = " ".join(str(lost[0]).split())[:200]
     steps = folder.checkpoint_steps()
     return ClusterError(
-        f"a worker was lost more than {WORKERS_LOST_BEFORE_GIVING_UP} times ({reason}); look at the memory and the "
-        f"logs of its node, then resume from step {steps[-1] if steps else 0} (--existing resume)"
+        f"workers were lost or did not start, {ATTEMPTS} times in all ({reason}); look at the memory and the logs of "
+        f"their nodes, then resume from step {steps[-1] if steps else 0} (--existing resume)"
     )
 
 
@@ -186,9 +209,15 @@ def _work(settings: dict[str, Any]) -> None:
     task: Task = settings["task"]
     supervisor = settings["supervisor"]
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    device = get_device() if settings["gpus"] else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    place = Place(context.get_world_rank(), context.get_world_size(), str(device))
+    if place.rank == 0:
+        supervisor.hold.remote(get_current_placement_group())
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
-    stack = collect(ray.train.get_dataset_shard(f"particles_{place.rank}"))
+    particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
+    stack = collect(particles)
     progress = task.work(task.config, RunFolder(task.folder), open_particles(task.particles), stack, place)
     share = _post(_averaged(progress, place), supervisor, place)
     ray.get(supervisor.deliver.remote(place.rank, share))

@@ -31,6 +31,15 @@ def killed_once(
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed_always(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """As on a node without memory."""
+    yield next(train_share(config, folder, particles, stack, place))
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def diverging_on_the_second_worker(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:

@@ -1,6 +1,7 @@
 """Runs through Ray Train against the same runs in this process; each start of workers takes seconds, so few of them."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +30,6 @@ def journal(folder: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in row if key != "train/particles_per_second"} for row in rows]
 
 
-def free_cpus() -> float:
-    return ray.available_resources().get("CPU", 0)
-
-
 def test_a_worker_killed_on_the_way_changes_nothing(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +49,7 @@ def test_a_worker_killed_on_the_way_changes_nothing(
     assert journal(there.folder) == journal(here.folder)
     np.testing.assert_array_equal(there.volume, here.volume)
     pandas.testing.assert_frame_equal(there.poses, here.poses)
-    assert not (there.folder / ".ray").exists()
+    assert not (there.folder / ".scratch").exists()
     client = MlflowClient(tracking_uri=database)
     points = client.get_metric_history(there.mlflow_run_id, "train/loss_total")
     assert [(point.step, point.value) for point in points] == [
@@ -85,6 +82,30 @@ def test_a_mistake_of_one_worker_ends_the_run_at_once(configure: Configure, monk
     assert len(list(folder.path.glob("start-*"))) == 2  # nothing was started again
     assert folder.read_history()[-1]["step"] == 20
     assert folder.checkpoint_steps() == [10, 20]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_every_time(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aceray.distributed.run.train_share", accidents.killed_always)
+    with pytest.raises(ClusterError, match="lost or did not start, 3 times in all") as error:
+        run(configure("resources.workers=1"))
+    assert "\n" not in str(error.value)
+    assert not RunFolder(Path(configure().runs) / "run").scratch.exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_the_caller_frees_the_cluster(configure: Configure) -> None:
+    """The run ends at once, its workers' cores are free again, and it can be resumed."""
+
+    def stop(event: Progress) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(configure("resources.workers=2", "train.steps=100000", "train.evaluate_every=100000"), on_progress=stop)
+    deadline = time.monotonic() + 10
+    while ray.available_resources()["CPU"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 2
 
 
 def test_workers_that_the_cluster_lacks(configure: Configure) -> None:
