@@ -5,7 +5,12 @@ class AcerayError(Exception):
     """A mistake in what aceray was given; the command line prints it as one line and exits with code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        self.line = " ".join(message.split())
+        super().__init__(self.line)
+
+    def __str__(self) -> str:
+        # Ray Data appends advice of its own to the arguments of an error that passes through it
+        return self.line
 
 
 class ConfigError(AcerayError):
