@@ -31,8 +31,6 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-# Without it the interface opens an experiment in its mode for language models.
-TRAINING_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Tracker:
@@ -219,7 +217,7 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=beside, tags=TRAINING_EXPERIMENT)
+            return client.create_experiment(name, artifact_location=beside)
         except MlflowException:  # another run made it in this moment
             found = client.get_experiment_by_name(name)
             if found is None:

@@ -16,9 +16,6 @@ from aceray.folder import RunFolder, create_run_folder
 from aceray.presets import flat, load_config
 from aceray.tracking import MlflowTracker, Tracker, resolve_uri, software_tags, start_tracking
 
-# MLflow 3.17 uses a loader that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The .*noload.* loader strategy is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,13 +8,13 @@ import aceray
 from tests.bench.training import Reconstruction, reconstruct
 
 SMALL = (
-    "simulation.box=24",
-    "simulation.pixel_size_angstrom=22.67",
-    "simulation.particles=2000",
-    "simulation.density_width_px=0.8",
+    "simulation.box=20",
+    "simulation.pixel_size_angstrom=27.2",
+    "simulation.particles=1500",
     "encoder.width=256",
+    "optim.warmup_steps=50",
+    "train.steps=500",
     "resources.workers=0",
-    "tracking.enabled=false",
 )
 
 
@@ -25,13 +25,13 @@ def run(folder: Path, preset: str, *overrides: str) -> Reconstruction:
 
 
 def test_pip_beats_no_pip_at_equal_steps_on_a_small_box(tmp_path: Path) -> None:
-    steps = ("train.steps=300", "seed=1")
-    with_pip = run(tmp_path, "clean", *SMALL, *steps).metrics
-    without = run(tmp_path, "clean", *SMALL, *steps, "pip.weight=0").metrics
-    assert with_pip["pose/rotation_sqfrob_mean"] < 0.5 * without["pose/rotation_sqfrob_mean"]
+    with_pip = run(tmp_path, "clean", *SMALL, "seed=1").metrics
+    without = run(tmp_path, "clean", *SMALL, "seed=1", "pip.weight=0").metrics
     assert without["pose/rotation_sqfrob_mean"] > 2
+    assert with_pip["pose/rotation_sqfrob_mean"] < 0.5 * without["pose/rotation_sqfrob_mean"]
+    assert without["pose/coverage"] < 0.9
     assert with_pip["pose/coverage"] > 0.95
-    assert with_pip["fsc/resolution_px_0.5"] < without["fsc/resolution_px_0.5"]
+    assert with_pip["fsc/resolution_px_0.5"] < 2.2
 
 
 @pytest.mark.slow

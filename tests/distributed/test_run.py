@@ -302,7 +302,6 @@ def test_a_run_without_ray_and_mlflow_installed(configure: Configure) -> None:
     assert err.splitlines() == [f"MLflow is not installed: tracking is off, the results are in {configure().runs}/run"]
 
 
-@pytest.mark.filterwarnings("ignore:The .*noload.* loader strategy is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_it_can_be_resumed(configure: Configure, tmp_path: Path, number: int) -> None:
     database = f"sqlite:///{tmp_path}/ml.db" if number == signal.SIGTERM else ""

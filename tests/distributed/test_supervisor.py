@@ -19,10 +19,7 @@ from aceray.train.loop import Progress
 from tests.distributed import accidents
 
 Configure = Callable[..., Config]
-pytestmark = [
-    pytest.mark.usefixtures("ray_session"),
-    pytest.mark.filterwarnings("ignore:The .*noload.* loader strategy is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def journal(folder: Path) -> list[dict[str, float]]:
