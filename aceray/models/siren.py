@@ -64,8 +64,8 @@ class SirenDecoder(nn.Module):
     the origin real, so the volume is real whatever the weights. Frequencies come as 2 k / (d - 1), within [-1, 1].
 
     `scale` is in the orthonormal convention of d x d images of unit variance. These have coefficients of up to d (their
-    mean times d) at the lowest frequencies and far below one at the highest. The initial networks give about 0.07
-    everywhere, so that with 8 the first renderings, points at the origin, have a third of the images' variance at any
+    mean times d) at the lowest frequencies and far below one at the highest. The initial networks give about 0.05
+    everywhere, so that with 8 the first renderings, points at the origin, have an eighth of the images' variance at any
     d; both networks reach the rest by moving their last layer.
     """
 
