@@ -72,7 +72,7 @@ ROTATE = ("decoder.projector=rotate",)
 
 
 @pytest.mark.parametrize("decoder", [SIREN, ROTATE])
-def test_every_decoder_learns_under_both_tasks_and_repeats(decoder: tuple[str, ...], particles: ParticleSet) -> None:
+def test_every_decoder_learns_under_both_tasks_repeats_and_resumes(decoder: tuple[str, ...], particles: ParticleSet) -> None:
     config = load_config(*SMALL, *decoder)
     source = trainer(config, particles)
     before = source.volume()
@@ -82,6 +82,9 @@ def test_every_decoder_learns_under_both_tasks_and_repeats(decoder: tuple[str, .
     poses = source.predict()
     assert len(poses.rotation) == len(source.sampler.particles) and poses.residual.isfinite().all()
     assert losses(trainer(config, particles)) == history
+    resumed = trainer(config, particles)
+    resumed.restore(*source.checkpoint())
+    assert torch.equal(resumed.volume(), source.volume())
 
 
 @pytest.mark.parametrize("decoder", [SIREN, ROTATE, ("decoder/voxel",)])
