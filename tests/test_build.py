@@ -72,7 +72,7 @@ ROTATE = ("decoder.projector=rotate",)
 
 
 @pytest.mark.parametrize("decoder", [SIREN, ROTATE])
-def test_every_decoder_learns_under_both_tasks_repeats_and_resumes(decoder: tuple[str, ...], particles: ParticleSet) -> None:
+def test_every_decoder_learns_repeats_and_resumes(decoder: tuple[str, ...], particles: ParticleSet) -> None:
     config = load_config(*SMALL, *decoder)
     source = trainer(config, particles)
     before = source.volume()
