@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import Config, MlpEncoder
+from aceray.config import Config, MlpEncoder, SirenDecoder, VoxelDecoder
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
 from aceray.errors import ConfigError
-from aceray.models.autoencoder import AutoEncoder
+from aceray.models import siren, voxel
+from aceray.models.autoencoder import AutoEncoder, Decoder
 from aceray.models.encoder import (
     MlpFeatures,
     PoseEncoder,
@@ -20,7 +21,6 @@ from aceray.models.encoder import (
     WienerInput,
     regressor,
 )
-from aceray.models.voxel import VoxelDecoder
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Score, Trainer
@@ -150,10 +150,28 @@ def _build_model(
             case _:
                 features = ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
+        decoder = _build_decoder(config, disc)
     shift_limit_px = config.encoder.shift_range_sigma * config.data.shift_sigma_fraction * box
     preprocess = _input_filter(config, disc, statistics, images, lanes)
     encoder = PoseEncoder(preprocess, features, rotation, shift, shift_limit_px)
-    return AutoEncoder(encoder, VoxelDecoder(disc, config.decoder.pad), disc, statistics.signal_std)
+    return AutoEncoder(encoder, decoder, disc, statistics.signal_std)
+
+
+def _build_decoder(config: Config, disc: HalfDisc) -> Decoder:
+    match config.decoder:
+        case SirenDecoder() as chosen:
+            return siren.SirenDecoder(
+                disc,
+                chosen.width,
+                content_depth=chosen.content_depth,
+                envelope_depth=chosen.envelope_depth,
+                content_frequency=chosen.content_frequency,
+                envelope_frequency=chosen.envelope_frequency,
+                scale=chosen.scale,
+            )
+        case VoxelDecoder() as chosen:
+            kind = voxel.RotatedVoxelDecoder if chosen.projector == "rotate" else voxel.VoxelDecoder
+            return kind(disc, chosen.pad, scale=chosen.scale, mask_radius=chosen.mask_radius_fraction)
 
 
 def _input_filter(
@@ -179,7 +197,11 @@ def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimize
         },
         {"params": list(model.decoder.parameters()), "lr": config.optim.decoder_lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    optimiser = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    match config.decoder, model.decoder:
+        case VoxelDecoder(nonnegative=True), voxel.VoxelDecoder() as decoder:
+            optimiser.register_step_post_hook(lambda *_: decoder.clamp_negative())
+    return optimiser
 
 
 def _learning_rate(config: Config) -> LearningRate:

@@ -106,10 +106,41 @@ Encoder = Annotated[MlpEncoder | Resnet18Encoder, Field(discriminator="kind")]
 
 
 class VoxelDecoder(Model):
-    """Real-space voxels, projected as slices of their zero-padded Fourier transform."""
+    """Real-space voxels."""
 
     kind: Literal["voxel"] = "voxel"
-    pad: int = Field(2, ge=1, le=4, description="zero-padding factor of the volume before its transform")
+    projector: Literal["slice", "rotate"] = Field(
+        "slice", description="slices of the zero-padded transform, or the rotated grid summed along the beam"
+    )
+    pad: int = Field(2, ge=1, le=4, description="slice: zero-padding factor of the volume before its transform")
+    scale: float = Field(
+        1.0, gt=0, le=1e3, description="density of a parameter of one, so the unit of optim.decoder_lr; image scale"
+    )
+    nonnegative: bool = Field(False, description="set negative voxels to zero after each step")
+    mask_radius_fraction: float = Field(
+        0.5, gt=0.1, le=0.5, description="radius of the soft sphere that holds the density, fraction of the box"
+    )
+
+
+class SirenDecoder(Model):
+    """The Fourier transform as envelope times content, two networks with sine activations."""
+
+    kind: Literal["siren"] = "siren"
+    width: int = Field(256, ge=8, le=4096, description="features of a hidden layer")
+    content_depth: int = Field(3, ge=1, le=16, description="hidden layers of the content after its first")
+    envelope_depth: int = Field(2, ge=1, le=16, description="hidden layers of the envelope after its first")
+    content_frequency: float = Field(
+        40.0, gt=0, le=1e3, description="factor omega_0 in the content's sines, radians per unit (Nyquist is one)"
+    )
+    envelope_frequency: float = Field(
+        30.0, gt=0, le=1e3, description="factor omega_0 in the envelope's sines, radians per unit (Nyquist is one)"
+    )
+    scale: float = Field(
+        8.0, gt=0, le=1e4, description="coefficient of an output of one; orthonormal, for images of unit variance"
+    )
+
+
+Decoder = Annotated[VoxelDecoder | SirenDecoder, Field(discriminator="kind")]
 
 
 class Ipi(Model):
@@ -151,9 +182,11 @@ class Optim(Model):
     """AdamW with one learning rate for the encoder and one for the decoder."""
 
     encoder_lr: float = Field(5e-4, gt=0, le=10, description="learning rate of the encoder")
-    decoder_lr: float = Field(4e-2, gt=0, le=10, description="learning rate of the voxels, in units of the image scale")
+    decoder_lr: float = Field(
+        4e-2, gt=0, le=10, description="learning rate of the decoder; voxels: times decoder.scale"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two running means of AdamW")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on voxels")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on decoders")
     warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
     schedule: Literal["cosine", "multistep"] = Field("cosine", description="how the learning rates fall")
     hold_fraction: float = Field(0.3, ge=0, lt=1, description="cosine: share of the steps before the fall begins")
@@ -207,7 +240,7 @@ class Config(Model):
     simulation: Simulation | None = Field(None, description="how the dataset is made; null: it is there already")
     data: Data = Field(default_factory=Data, description="the particles")
     encoder: Encoder = Field(default_factory=MlpEncoder, description="image to pose")
-    decoder: VoxelDecoder = Field(default_factory=VoxelDecoder, description="pose to image")
+    decoder: Decoder = Field(default_factory=VoxelDecoder, description="pose to image")
     ipi: Ipi = Field(default_factory=Ipi, description="image-pose-image task")
     pip: Pip = Field(default_factory=Pip, description="pose-image-pose task")
     optim: Optim = Field(default_factory=Optim, description="optimiser")

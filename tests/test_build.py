@@ -11,6 +11,8 @@ from aceray.config import Config
 from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
 from aceray.errors import ConfigError
+from aceray.models.siren import SirenDecoder
+from aceray.models.voxel import RotatedVoxelDecoder, VoxelDecoder
 from aceray.presets import load_config
 from aceray.train.loop import Trainer
 from tests.distributed.particles import BOX, write_particles
@@ -32,7 +34,16 @@ def losses(source: Trainer) -> list[dict[str, float]]:
     return [progress.losses for progress in source.run()]
 
 
-@pytest.mark.parametrize("preset", ["base", "demo", "clean", "method/ace_em_voxel", "method/no_pip"])
+METHODS = [
+    "method/ace_em_voxel",
+    "method/ace_em_siren",
+    "method/ipi_only_siren",
+    "method/ipi_only_voxel",
+    "method/no_pip",
+]
+
+
+@pytest.mark.parametrize("preset", ["base", "demo", "clean", *METHODS])
 def test_every_parameter_is_in_one_group_of_the_optimiser(preset: str, particles: ParticleSet) -> None:
     source = trainer(load_config(preset, "train.lanes=1", "resources.workers=0"), particles)
     grouped = [parameter for group in source.optimiser.param_groups for parameter in group["params"]]
@@ -48,12 +59,69 @@ def test_encoder_and_decoder_have_their_own_learning_rates_and_voxels_no_decay(p
     assert [tuple(parameter.shape) for parameter in decoder["params"]] == [(BOX, BOX, BOX)]
 
 
-@pytest.mark.parametrize("preset", ["base", "method/ace_em_voxel", "method/no_pip"])
+@pytest.mark.parametrize("preset", ["base", *METHODS])
 def test_presets_train_a_few_steps(preset: str, particles: ParticleSet) -> None:
     source = trainer(load_config(preset, "train.batch=8", "train.steps=2", "pip.warmup_steps=1"), particles)
     history = losses(source)
     assert len(history) == 2
     assert source.volume().abs().max() > 0
+
+
+SIREN = ("decoder/siren", "decoder.width=16")
+ROTATE = ("decoder.projector=rotate",)
+
+
+@pytest.mark.parametrize("decoder", [SIREN, ROTATE])
+def test_every_decoder_learns_repeats_and_resumes(decoder: tuple[str, ...], particles: ParticleSet) -> None:
+    config = load_config(*SMALL, *decoder)
+    source = trainer(config, particles)
+    before = source.volume()
+    history = losses(source)
+    assert {"loss_ipi", "loss_pip"} <= set(history[0])
+    assert not torch.equal(source.volume(), before)
+    poses = source.predict()
+    assert len(poses.rotation) == len(source.sampler.particles) and poses.residual.isfinite().all()
+    assert losses(trainer(config, particles)) == history
+    resumed = trainer(config, particles)
+    resumed.restore(*source.checkpoint())
+    assert torch.equal(resumed.volume(), source.volume())
+
+
+@pytest.mark.parametrize("decoder", [SIREN, ROTATE, ("decoder/voxel",)])
+def test_pose_loss_leaves_every_decoder_alone(decoder: tuple[str, ...], particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL, *decoder), particles)
+    images, drawn = source.sampler.images(1, False), source.sampler.poses(1, 0.0, 0.0)
+    source.objective(images, drawn)["pip"].backward()
+    assert all(parameter.grad is None for parameter in source.model.decoder.parameters())
+    assert all(parameter.grad is not None for parameter in source.model.encoder.rotation.parameters())
+
+
+def test_the_weights_of_a_network_decoder_depend_on_the_seed(particles: ParticleSet) -> None:
+    first, again, other = (
+        trainer(load_config(*SMALL, *SIREN, f"seed={seed}"), particles).volume() for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_settings_reach_the_voxels(particles: ParticleSet) -> None:
+    settings = ("decoder.nonnegative=true", "decoder.scale=0.5", "decoder.mask_radius_fraction=0.25", "decoder.pad=3")
+    free, kept = trainer(load_config(*SMALL), particles), trainer(load_config(*SMALL, *settings), particles)
+    losses(free), losses(kept)
+    assert free.volume().min() < 0 <= kept.volume().min() and kept.volume().max() > 0
+    decoder = kept.model.decoder
+    assert isinstance(decoder, VoxelDecoder) and (decoder.pad, decoder.scale) == (3, 0.5)
+    assert not kept.volume()[BOX // 2, BOX // 2, 3 * BOX // 4 :].any()
+    assert isinstance(trainer(load_config(*SMALL, *ROTATE), particles).model.decoder, RotatedVoxelDecoder)
+
+
+def test_settings_reach_the_networks(particles: ParticleSet) -> None:
+    settings = ("content_depth=2", "envelope_depth=1", "content_frequency=20", "envelope_frequency=10", "scale=3")
+    source = trainer(load_config(*SMALL, *SIREN, *(f"decoder.{setting}" for setting in settings)), particles)
+    decoder = source.model.decoder
+    assert isinstance(decoder, SirenDecoder) and decoder.scale == 3
+    assert (len(decoder.content.rest), len(decoder.envelope.rest)) == (3, 2)
+    assert (decoder.content.first.frequency, decoder.envelope.first.frequency) == (20, 10)
+    assert decoder.content.first.out_features == 16
 
 
 def test_training_does_not_read_the_truth(particles: ParticleSet, tmp_path: Path) -> None:

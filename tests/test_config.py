@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from aceray.config import Config
+from aceray.config import Config, SirenDecoder
 from aceray.presets import flat, load_config, preset_names, settings
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -25,6 +25,12 @@ def test_base_states_every_default() -> None:
     stated = {f"{section}.{key}" for section, group in written.items() if isinstance(group, dict) for key in group}
     stated |= {key for key, value in written.items() if not isinstance(value, dict)}
     assert stated == set(flat(Config())), "base.yaml and config.py name different settings"
+
+
+def test_the_siren_preset_states_every_setting_of_that_decoder() -> None:
+    written = yaml.safe_load((CONF / "decoder" / "siren.yaml").read_text(encoding="utf-8"))
+    assert set(written["decoder"]) == set(SirenDecoder.model_fields)
+    assert load_config("decoder/siren").decoder == SirenDecoder() == load_config("decoder.kind=siren").decoder
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -1,5 +1,8 @@
 """Encoder and decoder joined by the physics of image formation (ACE-EM eqs. 1-4)."""
 
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
@@ -7,7 +10,27 @@ from torch import Tensor, nn
 from aceray.em.formation import shift_phase
 from aceray.em.fourier import HalfDisc
 from aceray.models.encoder import PoseEncoder
-from aceray.models.voxel import VoxelDecoder
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What holds a volume and projects it: a torch module with these methods."""
+
+    def volume(self) -> Float[Tensor, "d d d"]:
+        """The density, axes z, y, x."""
+        ...
+
+    def transform(self) -> Tensor:
+        """What slices are taken from: computed once per step, whatever the number of images."""
+        ...
+
+    def slices(self, transform: Tensor, rotation: Float[Tensor, "*batch 3 3"]) -> Complex[Tensor, "*batch p"]:
+        """Half-disc coefficients of the projections at these rotations, in the images' orthonormal convention."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What the optimiser learns."""
+        ...
 
 
 class AutoEncoder(nn.Module):
@@ -15,7 +38,7 @@ class AutoEncoder(nn.Module):
 
     signal_std: Tensor
 
-    def __init__(self, encoder: PoseEncoder, decoder: VoxelDecoder, disc: HalfDisc, signal_std: float = 1.0) -> None:
+    def __init__(self, encoder: PoseEncoder, decoder: Decoder, disc: HalfDisc, signal_std: float = 1.0) -> None:
         super().__init__()
         self.encoder, self.decoder, self.disc = encoder, decoder, disc
         self.register_buffer("signal_std", torch.tensor(signal_std))

@@ -15,14 +15,16 @@ from aceray.em.projection import central_slice, padded_box, padded_transform, pr
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.models.encoder import MlpFeatures, PoseEncoder, ResNet18Features, WienerInput, regressor
+from aceray.models.siren import SineLayer, SirenDecoder
 from tests.bench.timing import Machine, cpu_seconds, measure_machine, print_table
 
 BOXES = (32, 64, 128)
 PAD = 2
 BATCH = 64
-# rotating the grid keeps several grids of d^3 points an image, ResNet-18 its activations: fewer images at a time
+# rotating the grid keeps several grids of d^3 points an image, ResNet-18 and the SIRENs their activations: fewer images
 BATCH_REAL = {32: 8, 64: 4, 128: 1}
 BATCH_RESNET = {32: 64, 64: 32, 128: 8}
+BATCH_SIREN = {32: 16, 64: 4, 128: 1}
 HEADS = 4
 MLP_WIDTH, MLP_DEPTH = 512, 4
 
@@ -184,6 +186,29 @@ def encoder_stages(box: int) -> list[Stage]:
     ]
 
 
+def siren_stage(box: int, images: int) -> Stage:
+    """Slices of the Fourier decoder and the gradient of its weights; products counted by torch, and the sines."""
+    decoder = SirenDecoder(HalfDisc(box))
+    rotation = random_rotations(images, named_generator("bench/siren", box))
+    parameters = list(decoder.parameters())
+
+    def forward() -> Tensor:
+        return decoder.disc.energy(decoder.slices(decoder.transform(), rotation)).mean()
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), parameters)
+
+    with FlopCounterMode(display=False) as counter:
+        both()
+    # a sine forward and a cosine backward at every hidden unit
+    units = sum(layer.out_features for layer in decoder.modules() if isinstance(layer, SineLayer))
+    flops = counter.get_total_flops() + images * len(decoder.disc) * units * 2 * 20
+    moved = 3 * REAL * sum(parameter.numel() for parameter in parameters) + images * len(decoder.disc) * COMPLEX
+    with torch.no_grad():
+        seconds = cpu_seconds(forward)
+    return Stage("decoder: SIREN 256", seconds / images, cpu_seconds(both) / images, Cost(flops, moved) / images)
+
+
 def stage_row(stage: Stage, machine: Machine) -> list[str]:
     floor = machine.floor_seconds(stage.cost.flops, stage.cost.bytes)
     bound = "FLOPs" if stage.cost.flops / machine.flops > stage.cost.bytes / machine.bytes else "bytes"
@@ -227,7 +252,8 @@ def main() -> None:
     for box in BOXES:
         stages = physics_stages(box)
         operations.append(operations_row(box, stages))
-        rows = [stage_row(stage, machine) for stage in [*stages, *encoder_stages(box)]]
+        siren = siren_stage(box, BATCH_SIREN[box])
+        rows = [stage_row(stage, machine) for stage in [*stages, siren, *encoder_stages(box)]]
         print_table(f"{box} px, {len(HalfDisc(box)):,} points in the half disc, per image", header, rows)
     columns = ["box", "rotated samples", "slice samples", "fewer samples", "fewer operations"]
     columns += ["with transform / 64", "less time", "with transform / 64"]
