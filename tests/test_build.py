@@ -12,7 +12,10 @@ from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_par
 from aceray.distributed.ingest import read_here
 from aceray.errors import ConfigError
 from aceray.presets import load_config
+from aceray.train.lanes import Sampler
 from aceray.train.loop import Trainer
+from aceray.train.objective import Objective
+from aceray.train.schedule import LabelFilters, Ramp, ShiftWeight, TaskWeights
 from tests.distributed.particles import BOX, write_particles
 
 SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03")
@@ -32,7 +35,7 @@ def losses(source: Trainer) -> list[dict[str, float]]:
     return [progress.losses for progress in source.run()]
 
 
-@pytest.mark.parametrize("preset", ["base", "demo", "clean", "method/ace_em_voxel", "method/no_pip"])
+@pytest.mark.parametrize("preset", ["base", "demo", "clean", "method/ace_em_voxel", "method/cryoai", "method/no_pip"])
 def test_every_parameter_is_in_one_group_of_the_optimiser(preset: str, particles: ParticleSet) -> None:
     source = trainer(load_config(preset, "train.lanes=1", "resources.workers=0"), particles)
     grouped = [parameter for group in source.optimiser.param_groups for parameter in group["params"]]
@@ -48,12 +51,52 @@ def test_encoder_and_decoder_have_their_own_learning_rates_and_voxels_no_decay(p
     assert [tuple(parameter.shape) for parameter in decoder["params"]] == [(BOX, BOX, BOX)]
 
 
-@pytest.mark.parametrize("preset", ["base", "method/ace_em_voxel", "method/no_pip"])
+@pytest.mark.parametrize("preset", ["base", "method/ace_em_voxel", "method/cryoai", "method/no_pip"])
 def test_presets_train_a_few_steps(preset: str, particles: ParticleSet) -> None:
     source = trainer(load_config(preset, "train.batch=8", "train.steps=2", "pip.warmup_steps=1"), particles)
     history = losses(source)
     assert len(history) == 2
     assert source.volume().abs().max() > 0
+
+
+def test_settings_of_losses_and_schedules_reach_the_plan(particles: ParticleSet) -> None:
+    source = trainer(
+        load_config(
+            *SMALL,
+            "ipi={loss: generalised, label_filters: [{until_step: 2, filter: 5}], train_shift: true}",
+            "ipi={shift_l1_weight: 0.3, shift_l1_schedule: linear}",
+            "pip={weight: 0.5, warmup_steps: 1, schedule: cosine, ramp_steps: 7, initial_factor: 2.0}",
+            "pip={turns: alternating, shifts: matched, train_decoder: true}",
+        ),
+        particles,
+    )
+    plan = source.plan
+    assert (plan.loss, plan.labels) == ("generalised", LabelFilters([(2, 5)]))
+    assert plan.shift_weight == ShiftWeight(0.3, 3, "linear")
+    assert plan.weights == TaskWeights(0.5, 1, False, Ramp("cosine", 7, 2.0), True)
+    assert isinstance(source.objective, Objective) and source.objective.train_decoder
+    assert source.objective.shifts is not None
+    assert source.objective.shifts.spread_px == pytest.approx(0.03 * BOX)
+    assert [set(step) - {"loss_total"} for step in losses(source)] == [{"loss_ipi", "loss_shift"}] * 2 + [{"loss_pip"}]
+
+
+def test_defaults_are_plain_losses_and_constant_weights(particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL), particles)
+    assert (source.plan.loss, source.plan.labels.at(0), source.plan.weights.at(0)) == ("mse", 1, (1.0, 2.0))
+    assert isinstance(source.objective, Objective)
+    assert source.objective.shifts is None and not source.objective.train_decoder
+    assert "shifts.mean" not in source.checkpoint()[0]
+
+
+@pytest.mark.parametrize("turns", ["simultaneous", "alternating"])
+def test_one_worker_with_two_lanes_draws_what_each_lane_draws_alone(particles: ParticleSet, turns: str) -> None:
+    config = load_config(*SMALL, "train.lanes=2", "ipi.loss=generalised", f"pip.turns={turns}")
+    source = trainer(config, particles)
+    views = source.sampler.images(1, True, source.plan.loss).views
+    for lane in range(2):
+        alone = Sampler(source.sampler.particles, [source.sampler.lanes[lane]], source.sampler.disc, 1, 4, 4)
+        assert torch.equal(alone.images(1, True, "generalised").views, views[:, 4 * lane : 4 * lane + 4])
+    assert len(losses(source)) == 3
 
 
 def test_training_does_not_read_the_truth(particles: ParticleSet, tmp_path: Path) -> None:
