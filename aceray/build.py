@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import Config, MlpEncoder, SirenDecoder, VoxelDecoder
+from aceray.config import Config, MlpEncoder, SirenDecoder, VggEncoder, VoxelDecoder
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
@@ -18,15 +18,24 @@ from aceray.models.encoder import (
     PoseEncoder,
     ResNet18Features,
     StandardisedInput,
+    VggFeatures,
     WienerInput,
     regressor,
 )
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Score, Trainer
-from aceray.train.objective import Objective
+from aceray.train.objective import Objective, ShiftMoments
 from aceray.train.predict import Particles, particles_from_stack
-from aceray.train.schedule import LearningRate, TaskWeights, WarmupCosine, WarmupMultiStep
+from aceray.train.schedule import (
+    LabelFilters,
+    LearningRate,
+    Ramp,
+    ShiftWeight,
+    TaskWeights,
+    WarmupCosine,
+    WarmupMultiStep,
+)
 from aceray.train.statistics import ImageStatistics, image_statistics
 from aceray.train.workers import sum_over_workers
 
@@ -93,23 +102,26 @@ def build_trainer(
     shift_spread_px = config.data.shift_sigma_fraction * box
     objective = Objective(
         model,
-        symmetric=config.ipi.loss == "symmetric",
         shift_spread_px=shift_spread_px,
         shift_weight=config.pip.shift_weight,
         train_shift=config.ipi.train_shift,
+        train_decoder=config.pip.train_decoder,
+        shifts=ShiftMoments(shift_spread_px) if config.pip.shifts == "matched" else None,
         lanes=len(lanes),
     ).to(device)
     plan = Plan(
         config.train.steps,
-        TaskWeights(config.pip.weight, config.pip.warmup_steps, config.pip.combination == "convex"),
+        _task_weights(config),
         _learning_rate(config),
         config.train.evaluate_every,
         config.train.checkpoint_every,
         config.ipi.augment,
         shift_spread_px,
         particles.manifest.noise_std / statistics.signal_std,
-        config.ipi.shift_l1_weight,
+        ShiftWeight(config.ipi.shift_l1_weight, config.train.steps, config.ipi.shift_l1_schedule),
         particles.manifest.box,
+        config.ipi.loss,
+        LabelFilters([(stage.until_step, stage.filter) for stage in config.ipi.label_filters]),
     )
     batch = config.train.batch // lane_count(config)
     sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
@@ -148,7 +160,7 @@ def _build_model(
                 rotation: nn.Module = nn.Linear(width, 6 * heads)
                 shift: nn.Module = nn.Linear(width, 2)
             case _:
-                features = ResNet18Features(box)
+                features = VggFeatures(box) if isinstance(config.encoder, VggEncoder) else ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
         decoder = _build_decoder(config, disc)
     shift_limit_px = config.encoder.shift_range_sigma * config.data.shift_sigma_fraction * box
@@ -202,6 +214,13 @@ def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimize
         case VoxelDecoder(nonnegative=True), voxel.VoxelDecoder() as decoder:
             optimiser.register_step_post_hook(lambda *_: decoder.clamp_negative())
     return optimiser
+
+
+def _task_weights(config: Config) -> TaskWeights:
+    pip = config.pip
+    ramp = Ramp(pip.schedule, pip.ramp_steps, pip.initial_factor)
+    alternating = pip.turns == "alternating"
+    return TaskWeights(pip.weight, pip.warmup_steps, pip.combination == "convex", ramp, alternating)
 
 
 def _learning_rate(config: Config) -> LearningRate:

@@ -4,6 +4,7 @@ A setting is read from YAML and dotted overrides by `aceray.presets.load_config`
 Sizes, pixel sizes, voltages and noise levels of a dataset are not settings: they are read from its manifest.
 """
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -102,7 +103,13 @@ class Resnet18Encoder(EncoderBase):
     kind: Literal["resnet18"] = "resnet18"
 
 
-Encoder = Annotated[MlpEncoder | Resnet18Encoder, Field(discriminator="kind")]
+class VggEncoder(EncoderBase):
+    """VGG on the five filtered images, as in cryoAI."""
+
+    kind: Literal["vgg"] = "vgg"
+
+
+Encoder = Annotated[MlpEncoder | Resnet18Encoder | VggEncoder, Field(discriminator="kind")]
 
 
 class VoxelDecoder(Model):
@@ -143,26 +150,58 @@ class SirenDecoder(Model):
 Decoder = Annotated[VoxelDecoder | SirenDecoder, Field(discriminator="kind")]
 
 
+class LabelFilter(Model):
+    """A stage of the low-pass warm-up."""
+
+    until_step: int = Field(ge=1, description="first step, counted from 0, that the filter is no longer used in")
+    filter: int = Field(ge=1, le=5, description="Gaussian of variance 10^(filter - 3) px^2; 1 changes nothing")
+
+
 class Ipi(Model):
     """Image-pose-image: encode a particle, project the volume at that pose, compare."""
 
-    loss: Literal["mse", "symmetric"] = Field(
-        "mse", description="mean squared error, or its minimum over the image and the image turned by 180 degrees"
+    loss: Literal["mse", "symmetric", "generalised"] = Field(
+        "mse",
+        description="mean squared error, or its minimum over the image and its turn by 180 degrees, or over two random "
+        "quarter turns and mirrors of it",
+    )
+    label_filters: tuple[LabelFilter, ...] = Field(
+        (), description="low-pass warm-up: filters of the image that renderings are compared with, ACE-EM eq. 10"
     )
     augment: bool = Field(True, description="turn and mirror each image at random by one of the eight elements of D4")
     shift_l1_weight: float = Field(
         0.01, ge=0, description="weight of the mean |shift| (fraction of the box), ACE-EM eq. 8"
     )
+    shift_l1_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="that weight as it is, or falling along a line to 0 at the last step"
+    )
     train_shift: bool = Field(
         False, description="let the image loss train the shift head too; otherwise PIP alone does"
     )
 
+    @model_validator(mode="after")
+    def _ascending(self) -> "Ipi":
+        steps = [stage.until_step for stage in self.label_filters]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError(f"label_filters end at steps {steps}, which must ascend")
+        return self
+
 
 class Pip(Model):
-    """Pose-image-pose: draw a pose, project the frozen volume, predict the pose back."""
+    """Pose-image-pose: draw a pose, project the volume, predict the pose back."""
 
     weight: float = Field(2.0, ge=0, description="weight lambda of the pose loss, ACE-EM eq. 14; 0 turns PIP off")
     warmup_steps: int = Field(0, ge=0, description="steps before PIP begins")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how its weight comes after the warm-up: at once, along a line or along half a cosine"
+    )
+    ramp_steps: int = Field(1000, ge=1, description="linear, cosine: steps from initial_factor to the full weight")
+    initial_factor: float = Field(
+        0.0, ge=0, le=100, description="linear, cosine: share of the weight at the ramp's start; above 1 it falls"
+    )
+    turns: Literal["simultaneous", "alternating"] = Field(
+        "simultaneous", description="both tasks in every step, or IPI and PIP in turn after the warm-up"
+    )
     combination: Literal["additive", "convex"] = Field(
         "additive", description="IPI + lambda PIP, or (1 - lambda) IPI + lambda PIP"
     )
@@ -170,11 +209,19 @@ class Pip(Model):
     shift_weight: float = Field(
         0.2, ge=0, description="weight of the squared shift error, in units of data.shift_sigma_fraction squared"
     )
+    shifts: Literal["spread", "matched"] = Field(
+        "spread",
+        description="drawn with data.shift_sigma_fraction, or with the running moments of the encoder's shifts",
+    )
+    train_decoder: bool = Field(
+        False, description="let the pose loss train the volume too, through the rendered images"
+    )
 
     @model_validator(mode="after")
     def _convex(self) -> "Pip":
-        if self.combination == "convex" and self.weight > 1:
-            raise ValueError(f"weight {self.weight} exceeds 1, which the convex combination cannot take")
+        largest = self.weight if self.schedule == "constant" else self.weight * max(1.0, self.initial_factor)
+        if self.combination == "convex" and largest > 1:
+            raise ValueError(f"weight {largest} exceeds 1, which the convex combination cannot take")
         return self
 
 
@@ -247,3 +294,11 @@ class Config(Model):
     train: Train = Field(default_factory=Train, description="length and rhythm")
     resources: Resources = Field(default_factory=Resources, description="workers and devices")
     tracking: Tracking = Field(default_factory=Tracking, description="MLflow")
+
+    @model_validator(mode="after")
+    def _taught(self) -> "Config":
+        if self.pip.shifts == "matched" and not self.ipi.train_shift:
+            raise ValueError(
+                "pip.shifts=matched needs ipi.train_shift=true: without it the shifts are matched to themselves"
+            )
+        return self

@@ -14,7 +14,10 @@ from aceray.errors import ConfigError
 from aceray.models.siren import SirenDecoder
 from aceray.models.voxel import RotatedVoxelDecoder, VoxelDecoder
 from aceray.presets import load_config
+from aceray.train.lanes import Sampler
 from aceray.train.loop import Trainer
+from aceray.train.objective import Objective
+from aceray.train.schedule import LabelFilters, Ramp, ShiftWeight, TaskWeights
 from tests.distributed.particles import BOX, write_particles
 
 SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03")
@@ -37,6 +40,7 @@ def losses(source: Trainer) -> list[dict[str, float]]:
 METHODS = [
     "method/ace_em_voxel",
     "method/ace_em_siren",
+    "method/cryoai",
     "method/ipi_only_siren",
     "method/ipi_only_voxel",
     "method/no_pip",
@@ -122,6 +126,46 @@ def test_settings_reach_the_networks(particles: ParticleSet) -> None:
     assert (len(decoder.content.rest), len(decoder.envelope.rest)) == (3, 2)
     assert (decoder.content.first.frequency, decoder.envelope.first.frequency) == (20, 10)
     assert decoder.content.first.out_features == 16
+
+
+def test_settings_of_losses_and_schedules_reach_the_plan(particles: ParticleSet) -> None:
+    source = trainer(
+        load_config(
+            *SMALL,
+            "ipi={loss: generalised, label_filters: [{until_step: 2, filter: 5}], train_shift: true}",
+            "ipi={shift_l1_weight: 0.3, shift_l1_schedule: linear}",
+            "pip={weight: 0.5, warmup_steps: 1, schedule: cosine, ramp_steps: 7, initial_factor: 2.0}",
+            "pip={turns: alternating, shifts: matched, train_decoder: true}",
+        ),
+        particles,
+    )
+    plan = source.plan
+    assert (plan.loss, plan.labels) == ("generalised", LabelFilters([(2, 5)]))
+    assert plan.shift_weight == ShiftWeight(0.3, 3, "linear")
+    assert plan.weights == TaskWeights(0.5, 1, False, Ramp("cosine", 7, 2.0), True)
+    assert isinstance(source.objective, Objective) and source.objective.train_decoder
+    assert source.objective.shifts is not None
+    assert source.objective.shifts.spread_px == pytest.approx(0.03 * BOX)
+    assert [set(step) - {"loss_total"} for step in losses(source)] == [{"loss_ipi", "loss_shift"}] * 2 + [{"loss_pip"}]
+
+
+def test_defaults_are_plain_losses_and_constant_weights(particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL), particles)
+    assert (source.plan.loss, source.plan.labels.at(0), source.plan.weights.at(0)) == ("mse", 1, (1.0, 2.0))
+    assert isinstance(source.objective, Objective)
+    assert source.objective.shifts is None and not source.objective.train_decoder
+    assert "shifts.mean" not in source.checkpoint()[0]
+
+
+@pytest.mark.parametrize("turns", ["simultaneous", "alternating"])
+def test_one_worker_with_two_lanes_draws_what_each_lane_draws_alone(particles: ParticleSet, turns: str) -> None:
+    config = load_config(*SMALL, "train.lanes=2", "ipi.loss=generalised", f"pip.turns={turns}")
+    source = trainer(config, particles)
+    views = source.sampler.images(1, True, source.plan.loss).views
+    for lane in range(2):
+        alone = Sampler(source.sampler.particles, [source.sampler.lanes[lane]], source.sampler.disc, 1, 4, 4)
+        assert torch.equal(alone.images(1, True, "generalised").views, views[:, 4 * lane : 4 * lane + 4])
+    assert len(losses(source)) == 3
 
 
 def test_training_does_not_read_the_truth(particles: ParticleSet, tmp_path: Path) -> None:

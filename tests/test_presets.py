@@ -107,7 +107,7 @@ def test_include_is_merged_below(folder: Path) -> None:
         (["batch=3"], "batch: unknown setting; did you mean train.batch?"),
         (["optimizer.lr=1"], "optimizer: unknown setting; did you mean optim?"),
         (["deom"], "deom: no such preset or YAML file; did you mean demo?"),
-        (["encoder.kind=vgg"], "encoder.kind: found 'vgg'; choose one of 'mlp', 'resnet18'"),
+        (["encoder.kind=vit"], "encoder.kind: found 'vit'; choose one of 'mlp', 'resnet18', 'vgg'"),
         (["name=a/b"], "name: should match pattern"),
         (["name=7"], "name: should be a valid string, found 7"),
     ],
@@ -134,6 +134,14 @@ def test_bounds_and_contradictions() -> None:
     assert line_of("train.steps=0").startswith("train.steps: should be greater than or equal to 1, found 0")
     assert line_of("data.box=33").startswith("data.box: should be a multiple of 2, found 33")
     assert line_of("pip.combination=convex", "pip.weight=2").startswith("pip: weight 2.0 exceeds 1")
+    falling = ("pip.combination=convex", "pip.weight=0.5", "pip.schedule=linear", "pip.initial_factor=3")
+    assert line_of(*falling).startswith("pip: weight 1.5 exceeds 1")
+    assert line_of("pip.shifts=matched").startswith("config: pip.shifts=matched needs ipi.train_shift=true")
+    late = "ipi.label_filters=[{until_step: 9, filter: 4}, {until_step: 9, filter: 3}]"
+    assert line_of(late).startswith("ipi: label_filters end at steps [9, 9], which must ascend")
+    assert line_of("ipi.label_filters=[{until_step: 9, filter: 6}]").startswith(
+        "ipi.label_filters[0].filter: should be"
+    )
     assert line_of("demo", "simulation.ctf.defocus_min_angstrom=30000").startswith("simulation.ctf: defocus_min")
 
 

@@ -1,8 +1,12 @@
-"""The encoder's Gaussian filter bank as products with banded matrices (ACE-EM eq. 9)."""
+"""The Gaussian filters of ACE-EM eq. 9: banded matrices on images, a transfer function on the half disc."""
+
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from aceray.em.fourier import HalfDisc
 
 VARIANCES_PX2 = (0.01, 0.1, 1.0, 10.0, 100.0)
 RADIUS_PX = 5
@@ -26,6 +30,17 @@ def filter_matrix(variance_px2: float, box: int) -> Float[Tensor, "d d"]:
         columns = torch.where(columns >= box, 2 * (box - 1) - columns, columns)
         matrix[rows, columns] += tap
     return matrix
+
+
+def transfer_on_disc(disc: HalfDisc) -> Float[Tensor, "5 p"]:
+    """What each of the five filters multiplies the coefficients of an image with.
+
+    The edges are periodic here, reflected in the bank: the filtered images are the same except within 5 px of an edge.
+    """
+    offset = torch.arange(-RADIUS_PX, RADIUS_PX + 1, dtype=torch.float64)
+    phase = (2 * math.pi / disc.box) * disc.frequency.double().cpu()[..., None] * offset
+    transfer = [(phase.cos() @ gaussian_taps(variance)).prod(-1) for variance in VARIANCES_PX2]
+    return torch.stack(transfer).float().to(disc.frequency.device)
 
 
 class GaussianFilterBank(nn.Module):

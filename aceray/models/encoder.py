@@ -116,6 +116,38 @@ class ResNet18Features(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class VggFeatures(nn.Sequential):
+    """Filter bank and the VGG of cryoAI: 11 convolutions, six halvings, 1,024 features of a 128-px image.
+
+    Halvings that would leave fewer than 2 x 2 pixels are left out, so that 64 and 32 px give 1,024 features as well.
+    """
+
+    def __init__(self, box: int) -> None:
+        layers: list[nn.Module] = [GaussianFilterBank(box)]
+        channels, side = len(VARIANCES_PX2), box
+        blocks: tuple[tuple[tuple[int, ...], type[nn.Module]], ...] = (
+            ((64, 64), nn.MaxPool2d),
+            ((128, 128), nn.MaxPool2d),
+            ((256, 256, 256), nn.MaxPool2d),
+            ((256, 256), nn.AvgPool2d),
+            ((256, 256), nn.AvgPool2d),
+            ((), nn.MaxPool2d),
+        )
+        for widths, pool in blocks:
+            for width in widths:
+                layers += [
+                    nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+                channels = width
+            if side >= 4:
+                layers.append(pool(2))
+                side //= 2
+        super().__init__(*layers, nn.Flatten())
+        self.features = channels * side**2
+
+
 def regressor(features: int, outputs: int) -> nn.Sequential:
     """The paper's head on pooled features: 512, 256, then linear (widths as in cryoAI)."""
     return nn.Sequential(

@@ -5,16 +5,20 @@ run computes depends on its lanes, not on how many workers share them, and a res
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from aceray.em.dihedral import ELEMENTS, coefficient_tables, transform_coefficients
+from aceray.em.dihedral import ELEMENTS, HALF_TURN, coefficient_tables, transform_coefficients
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.train.objective import Batch, DrawnPoses
 from aceray.train.predict import Particles
+
+Loss = Literal["mse", "symmetric", "generalised"]
+"""Views of an image of which the best counts: the image; it and its half turn; two random elements of D4."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ class Sampler:
     def particles_per_step(self) -> int:
         return self.batch * len(self.lanes)
 
-    def images(self, step: int, augment: bool) -> Batch:
-        """The step's images, each lane going through its particles in a fresh order every epoch.
+    def images(self, step: int, augment: bool, loss: Loss = "mse") -> Batch:
+        """The images of the step-th batch, each lane going through its particles in a fresh order every epoch.
 
-        With `augment` each image is replaced by one of its eight quarter turns and mirrors.
+        With `augment` each image is replaced by one of its eight quarter turns and mirrors. `loss` says under which
+        views the encoder sees it.
         """
         index = torch.cat([self._rows(lane, step) for lane in self.lanes]).to(self.disc.radius.device)
         coefficients, ctf = self.particles.coefficients[index], self.particles.transfer(index, self.disc)
@@ -51,7 +56,7 @@ class Sampler:
             element = torch.cat([self._elements(lane, step) for lane in self.lanes]).to(index.device)
             coefficients = transform_coefficients(coefficients, element, self._tables)
             ctf = None if ctf is None else ctf.gather(1, self._tables[0][element])
-        return Batch(coefficients, ctf)
+        return Batch(coefficients, ctf, self._views(step, loss, index.device))
 
     def poses(self, step: int, shift_spread_px: float, noise_std: float) -> DrawnPoses:
         """Uniform rotations, Gaussian shifts, contrast transfer of random particles, white noise (ACE-EM eq. 11)."""
@@ -85,6 +90,18 @@ class Sampler:
     def _elements(self, lane: Lane, step: int) -> Tensor:
         generator = named_generator("train/augment", self.seed, lane.number, step)
         return torch.randint(ELEMENTS, (self.batch,), generator=generator)
+
+    def _views(self, step: int, loss: Loss, device: torch.device) -> Tensor | None:
+        """Elements (2, b) of D4, or None for the image alone (ACE-EM eqs. 6 and 7)."""
+        if loss == "mse":
+            return None
+        if loss == "symmetric":
+            return torch.tensor([0, HALF_TURN], device=device)[:, None].expand(-1, self.particles_per_step)
+        pairs = []
+        for lane in self.lanes:
+            generator = named_generator("train/views", self.seed, lane.number, step)
+            pairs.append(torch.randint(ELEMENTS, (2, self.batch), generator=generator))
+        return torch.cat(pairs, 1).to(device)
 
     def _draw(self, lane: Lane, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = named_generator("train/pip", self.seed, lane.number, step)

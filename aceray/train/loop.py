@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aceray.errors import DataError, NonFiniteLoss
-from aceray.train.lanes import Sampler
+from aceray.train.lanes import Loss, Sampler
 from aceray.train.objective import Objective
 from aceray.train.predict import Poses, calibrate_normalisation, predict
-from aceray.train.schedule import LearningRate, TaskWeights
+from aceray.train.schedule import LabelFilters, LearningRate, ShiftWeight, TaskWeights
 from aceray.train.workers import broadcast_from_first
 
 
@@ -41,8 +41,10 @@ class Plan:
     augment: bool
     shift_spread_px: float
     noise_std: float
-    shift_l1_weight: float
+    shift_weight: ShiftWeight
     stored_box: int
+    loss: Loss = "mse"
+    labels: LabelFilters = field(default_factory=LabelFilters)
 
 
 Score = Callable[[Poses, Tensor], dict[str, float]]
@@ -65,7 +67,7 @@ class Trainer:
         score: Score | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        self.model = objective.model
+        self.model, self._bare = objective.model, objective
         self.objective = wrap(objective)
         self.optimiser, self.sampler, self.plan, self._score = optimiser, sampler, plan, score
         self._base_rates = [group["lr"] for group in optimiser.param_groups]
@@ -100,8 +102,8 @@ class Trainer:
         return (self.model.decoder.volume() * self.model.signal_std).detach().cpu()
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All tensors of the model and the optimiser by name, and the step; nothing else is needed to go on."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        """All tensors of the objective and the optimiser by name, and the step; nothing else is needed to go on."""
+        tensors = dict(self._bare.state_dict())
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in state.items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"step": self.step}
@@ -112,9 +114,9 @@ class Trainer:
         Raises:
             DataError: the checkpoint is of another model.
         """
-        own = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        own = self._bare.state_dict()
         _check_same_model(own, tensors)
-        self.model.load_state_dict({name.removeprefix("model."): tensors[name] for name in own})
+        self._bare.load_state_dict({name: tensors[name] for name in own})
         states: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):
@@ -141,10 +143,17 @@ class Trainer:
         plan = self.plan
         ipi_weight, pip_weight = plan.weights.at(step - 1)
         drawn = self.sampler.poses(step, plan.shift_spread_px, plan.noise_std) if pip_weight > 0 else None
-        terms = self.objective(self.sampler.images(step, plan.augment), drawn)
-        total = ipi_weight * (terms["ipi"] + plan.shift_l1_weight / self.model.disc.box * terms["shift"])
+        batch = None
+        if drawn is None or not plan.weights.alternating:
+            batch = self.sampler.images(plan.weights.image_steps(step), plan.augment, plan.loss)
+        terms = self.objective(batch, drawn, plan.labels.at(step - 1))
+        parts = []
+        if batch is not None:
+            shift_weight = plan.shift_weight.at(step - 1) / self.model.disc.box
+            parts.append(ipi_weight * (terms["ipi"] + shift_weight * terms["shift"]))
         if drawn is not None:
-            total = total + pip_weight * terms["pip"]
+            parts.append(pip_weight * terms["pip"])
+        total = torch.stack(parts).sum()
         losses = _finite(step, {**terms, "total": total})
         factor = plan.learning_rate.factor(step - 1)
         for group, base in zip(self.optimiser.param_groups, self._base_rates, strict=True):
@@ -176,7 +185,7 @@ def _check_same_model(own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
                 f"checkpoint: it is of another model: {name} has shape {shape}, here it has {tuple(tensor.shape)}. "
                 "Use the settings it was trained with."
             )
-    extra = sorted(name for name in found if name.startswith("model.") and name not in own)
+    extra = sorted(name for name in found if name.startswith(("model.", "shifts.")) and name not in own)
     if extra:
         raise DataError(
             f"checkpoint: it is of another model, which has {extra[0]}. Use the settings it was trained with."

@@ -1,26 +1,34 @@
 """The two tasks of ACE-EM in one forward pass: image-pose-image (IPI) and pose-image-pose (PIP)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from aceray.em.dihedral import HALF_TURN, coefficient_tables, element_rotations, transform_coefficients
+from aceray.em.dihedral import coefficient_tables, element_rotations, transform_coefficients
+from aceray.em.filters import transfer_on_disc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.models.autoencoder import AutoEncoder
 from aceray.models.encoder import Hypotheses
+from aceray.train.workers import sum_over_workers
 
 # share of the pose loss that every head gets, so that heads which never win do not die
 LOSER_WEIGHT = 0.1
+# share of the running moments of the shifts that a step leaves
+MOMENT_DECAY = 0.99
 
 
 @dataclass(frozen=True)
 class Batch:
-    """b images as half-disc coefficients in units of the signal's standard deviation, with their contrast transfer."""
+    """b images as half-disc coefficients in units of the signal's standard deviation, with their contrast transfer.
+
+    `views` are the elements of D4 under which the encoder sees each image; None: only as it is.
+    """
 
     coefficients: Complex[Tensor, "b p"]
     ctf: Float[Tensor, "b p"] | None
+    views: Int[Tensor, "v b"] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,50 +41,94 @@ class DrawnPoses:
     noise: Complex[Tensor, "m p"]
 
 
+class ShiftMoments(nn.Module):
+    """Running mean and mean square of the shifts the encoder finds on real images, x and y apart, over all workers.
+
+    They begin as those of the given spread, and no truth enters them.
+    """
+
+    mean: Tensor
+    square: Tensor
+
+    def __init__(self, spread_px: float) -> None:
+        super().__init__()
+        self.spread_px = spread_px
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("square", torch.full((2,), spread_px**2))
+
+    @torch.no_grad()
+    def update(self, shift_px: Float[Tensor, "b 2"]) -> None:
+        """Take in the shifts of one step."""
+        sums = torch.stack([shift_px.sum(0), shift_px.square().sum(0), torch.full_like(self.mean, len(shift_px))])
+        total, squares, count = sum_over_workers(sums)
+        self.mean.lerp_(total / count, 1 - MOMENT_DECAY)
+        self.square.lerp_(squares / count, 1 - MOMENT_DECAY)
+
+    def match(self, shift_px: Float[Tensor, "m 2"]) -> Float[Tensor, "m 2"]:
+        """Shifts drawn with the given spread, moved and stretched to the running moments."""
+        if self.spread_px == 0:
+            return shift_px
+        return self.mean + shift_px * ((self.square - self.mean.square()).clamp_min(0).sqrt() / self.spread_px)
+
+
 class Objective(nn.Module):
-    """Losses of one step. Every parameter that trains is a parameter of this module, so it can be wrapped for DDP."""
+    """Losses of one step. Every parameter that trains is a parameter of this module, so it can be wrapped for DDP.
+
+    `shifts`, when given, sets the spread of PIP's shifts in place of the drawn one. `train_decoder` lets PIP's loss
+    reach the volume through the rendered images.
+    """
 
     _source: Tensor
     _sign: Tensor
     _turns: Tensor
+    _label_transfer: Tensor
 
     def __init__(
         self,
         model: AutoEncoder,
         *,
-        symmetric: bool,
         shift_spread_px: float,
         shift_weight: float,
         train_shift: bool,
+        train_decoder: bool = False,
+        shifts: ShiftMoments | None = None,
         lanes: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
-        self.views = (0, HALF_TURN) if symmetric else (0,)
-        self.shift_spread_px, self.shift_weight, self.train_shift = shift_spread_px, shift_weight, train_shift
-        self.lanes = lanes
+        self.shift_spread_px, self.shift_weight, self.lanes = shift_spread_px, shift_weight, lanes
+        self.train_shift, self.train_decoder, self.shifts = train_shift, train_decoder, shifts
         source, sign = coefficient_tables(model.disc)
         self.register_buffer("_source", source, persistent=False)
         self.register_buffer("_sign", sign, persistent=False)
         self.register_buffer("_turns", element_rotations(), persistent=False)
+        self.register_buffer("_label_transfer", transfer_on_disc(model.disc), persistent=False)
 
-    def forward(self, batch: Batch, drawn: DrawnPoses | None) -> dict[str, Tensor]:
-        """Losses `ipi` and, when poses were drawn, `pip`; `shift` is the mean |t| of the images in pixels.
+    def forward(self, batch: Batch | None, drawn: DrawnPoses | None, label_filter: int = 1) -> dict[str, Tensor]:
+        """Losses `ipi` of images and `pip` of drawn poses; `shift` is the mean |t| of the images in pixels.
 
-        The encoder sees real and rendered images in one pass; PIP's images come from a decoder without gradient.
+        The encoder sees real and rendered images in one pass. Renderings are compared with the images behind the
+        Gaussian filter of the given number; filter 1 changes nothing.
         """
-        model = self.model
-        transform = model.decoder.transform()
-        groups = [self._turned(batch, view) for view in self.views]
+        transform = self.model.decoder.transform()
+        groups = [] if batch is None else self._views(batch)
         if drawn is not None:
-            with torch.no_grad():
-                rendered = model.render(transform.detach(), drawn.rotation, drawn.shift_px, drawn.ctf)
-            groups.append(Batch(rendered + drawn.noise, drawn.ctf))
+            if self.shifts is not None:
+                drawn = replace(drawn, shift_px=self.shifts.match(drawn.shift_px))
+            groups.append(Batch(self._rendered(transform, drawn), drawn.ctf))
         poses = self._encode(groups)
-        losses = self._image_pose_image(transform, batch, poses[: len(self.views)])
+        losses: dict[str, Tensor] = {}
+        if batch is not None:
+            views = poses if drawn is None else poses[:-1]
+            losses = self._image_pose_image(transform, batch, views, label_filter)
         if drawn is not None:
             losses["pip"] = self._pose_image_pose(drawn, poses[-1])
         return losses
+
+    def _rendered(self, transform: Tensor, drawn: DrawnPoses) -> Complex[Tensor, "m p"]:
+        """Noisy images at drawn poses, with a gradient for the decoder only where PIP trains it."""
+        with torch.set_grad_enabled(self.train_decoder):
+            return self.model.render(transform, drawn.rotation, drawn.shift_px, drawn.ctf) + drawn.noise
 
     def _encode(self, groups: list[Batch]) -> list[Hypotheses]:
         """Poses of each group of images (the views, the renderings), all encoded together, lane by lane.
@@ -96,33 +148,51 @@ class Objective(nn.Module):
             for group in zip(*lanes, strict=True)
         ]
 
-    def _turned(self, batch: Batch, view: int) -> Batch:
-        """The images under one of the eight quarter turns and mirrors, contrast transfer included."""
-        if view == 0:
-            return batch
-        element = torch.full((len(batch.coefficients),), view, device=self._source.device)
-        coefficients = transform_coefficients(batch.coefficients, element, (self._source, self._sign))
-        return Batch(coefficients, None if batch.ctf is None else batch.ctf[:, self._source[view]])
+    def _views(self, batch: Batch) -> list[Batch]:
+        """The images under each of their quarter turns and mirrors, contrast transfer included."""
+        if batch.views is None:
+            return [batch]
+        tables = (self._source, self._sign)
+        return [
+            Batch(
+                transform_coefficients(batch.coefficients, element, tables),
+                None if batch.ctf is None else batch.ctf.gather(1, self._source[element]),
+            )
+            for element in batch.views
+        ]
 
-    def _image_pose_image(self, transform: Tensor, batch: Batch, poses: list[Hypotheses]) -> dict[str, Tensor]:
-        """Error of the best candidate pose of each image over heads and views (ACE-EM eqs. 5 and 6).
+    def _turned_back(self, batch: Batch, poses: list[Hypotheses]) -> list[Hypotheses]:
+        """Poses found on the views as poses of the images: the error of the rendering stays what it was on the view."""
+        if batch.views is None:
+            return poses
+        back = self._turns[batch.views].mT
+        return [
+            Hypotheses(turn[:, None] @ rotation, (turn[:, :2, :2] @ shift_px[..., None])[..., 0])
+            for turn, (rotation, shift_px) in zip(back, poses, strict=True)
+        ]
 
-        All candidates are scored without gradient; only the winner is rendered again with one. A pose found on a
-        turned view is turned back, which leaves its error unchanged.
+    def _image_pose_image(
+        self, transform: Tensor, batch: Batch, poses: list[Hypotheses], label_filter: int
+    ) -> dict[str, Tensor]:
+        """Error of the best candidate pose of each image over heads and views (ACE-EM eqs. 5, 6, 7 and 10).
+
+        All candidates are scored without gradient; only the winner is rendered again with one.
         """
-        rotations, shifts = [], []
-        for view, (rotation, shift_px) in zip(self.views, poses, strict=True):
-            back = self._turns[view].T
-            rotations.append(back @ rotation)
-            shifts.append((shift_px @ back[:2, :2].T)[:, None].expand(-1, rotation.shape[1], -1))
-        rotation, shift_px = torch.cat(rotations, 1), torch.cat(shifts, 1)
-        best = self.model.choose(transform, rotation, shift_px, batch.coefficients, batch.ctf)
+        label = batch.coefficients
+        if label_filter > 1:
+            label = label * self._label_transfer[label_filter - 1]
+        poses = self._turned_back(batch, poses)
+        rotation = torch.cat([pose.rotation for pose in poses], 1)
+        shift_px = torch.cat([pose.shift_px[:, None].expand(-1, pose.rotation.shape[1], -1) for pose in poses], 1)
+        best = self.model.choose(transform, rotation, shift_px, label, batch.ctf)
         row = torch.arange(len(best), device=best.device)
         rotation, shift_px = rotation[row, best], shift_px[row, best]
+        if self.shifts is not None and self.training:
+            self.shifts.update(shift_px)
         rendered = self.model.render(
             transform, rotation, shift_px if self.train_shift else shift_px.detach(), batch.ctf
         )
-        residual = self.model.residual(rendered, batch.coefficients)
+        residual = self.model.residual(rendered, label)
         return {"ipi": residual.mean(), "shift": shift_px.abs().sum(-1).mean()}
 
     def _pose_image_pose(self, drawn: DrawnPoses, poses: Hypotheses) -> Tensor:

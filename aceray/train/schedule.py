@@ -1,8 +1,9 @@
-"""What changes with the step: learning rates and the weights of the two tasks."""
+"""What changes with the step, counted from 0: learning rates, weights of the losses, filters of the labels."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,73 @@ LearningRate = WarmupCosine | WarmupMultiStep
 
 
 @dataclass(frozen=True)
-class TaskWeights:
-    """Weights (IPI, PIP) of a step (ACE-EM eqs. 14 and 15): PIP is off before its warm-up is over.
+class Ramp:
+    """Factor that goes from `initial` to one in `steps` steps: at once, along a line or along half a cosine."""
 
-    `convex` weighs IPI by one minus PIP's weight, otherwise IPI keeps weight one.
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    steps: int = 1
+    initial: float = 0.0
+
+    def factor(self, step: int) -> float:
+        progress = min(1.0, step / self.steps)
+        match self.shape:
+            case "constant":
+                return 1.0
+            case "linear":
+                return self.initial + (1 - self.initial) * progress
+            case "cosine":
+                return self.initial + (1 - self.initial) * (1 - math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class TaskWeights:
+    """Weights (IPI, PIP) of a step (ACE-EM eqs. 14 and 15): PIP is off in its warm-up, then its ramp begins.
+
+    `convex` weighs IPI by one minus PIP's weight, otherwise IPI keeps weight one. `alternating` gives the steps after
+    the warm-up to IPI and PIP in turn, IPI first; a step of one task has weight zero for the other.
     """
 
     pip_weight: float
     pip_warmup_steps: int
     convex: bool
+    ramp: Ramp = Ramp()
+    alternating: bool = False
 
     def at(self, step: int) -> tuple[float, float]:
-        pip = self.pip_weight if step >= self.pip_warmup_steps else 0.0
-        return (1.0 - pip if self.convex else 1.0), pip
+        since = step - self.pip_warmup_steps
+        pip = self.pip_weight * self.ramp.factor(since) if since >= 0 else 0.0
+        ipi = 1.0 - pip if self.convex else 1.0
+        if self.alternating and pip > 0:
+            return (0.0, pip) if since % 2 else (ipi, 0.0)
+        return ipi, pip
+
+    def image_steps(self, steps: int) -> int:
+        """How many of the first `steps` steps look at images: the others are PIP's alone."""
+        if not self.alternating or self.pip_weight == 0:
+            return steps
+        return steps - max(0, steps - self.pip_warmup_steps) // 2
+
+
+@dataclass(frozen=True)
+class ShiftWeight:
+    """Weight of the mean |shift| (ACE-EM eq. 8): constant, or falling along a line to zero at the end of the run."""
+
+    weight: float
+    steps: int
+    shape: Literal["constant", "linear"] = "constant"
+
+    def at(self, step: int) -> float:
+        return self.weight if self.shape == "constant" else self.weight * (1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class LabelFilters:
+    """Which Gaussian filter, 1 to 5, images pass before they are compared with (ACE-EM eq. 10).
+
+    `stages` are (until_step, filter), ascending; filter 1, which changes nothing, follows the last one.
+    """
+
+    stages: Sequence[tuple[int, int]] = ()
+
+    def at(self, step: int) -> int:
+        return next((number for until, number in self.stages if step < until), 1)

@@ -7,7 +7,15 @@ from torch.testing import assert_close
 
 from aceray.em.ctf import ctf_on_disc
 from aceray.em.fourier import HalfDisc
-from aceray.models.encoder import MlpFeatures, PoseEncoder, ResNet18Features, StandardisedInput, WienerInput, regressor
+from aceray.models.encoder import (
+    MlpFeatures,
+    PoseEncoder,
+    ResNet18Features,
+    StandardisedInput,
+    VggFeatures,
+    WienerInput,
+    regressor,
+)
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, ctf_parameters, projections
 
 
@@ -41,10 +49,11 @@ def test_standardised_input_has_zero_mean_and_unit_deviation() -> None:
     assert_close(images.std((1, 2)), torch.ones(5), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "resnet18"])
+@pytest.mark.parametrize("kind", ["mlp", "resnet18", "vgg"])
 def test_encoder_gives_proper_rotations_and_bounded_shifts(kind: str) -> None:
     disc = HalfDisc(32)
-    features = MlpFeatures(32, 64, 2) if kind == "mlp" else ResNet18Features(32)
+    networks = {"mlp": lambda: MlpFeatures(32, 64, 2), "resnet18": lambda: ResNet18Features(32)}
+    features = networks.get(kind, lambda: VggFeatures(32))()
     width = features.features
     encoder = PoseEncoder(StandardisedInput(disc), features, regressor(width, 18), nn.Linear(width, 2), 1.5)
     with torch.no_grad():
@@ -60,3 +69,24 @@ def test_encoder_gives_proper_rotations_and_bounded_shifts(kind: str) -> None:
 def test_resnet18_has_the_size_of_the_published_network() -> None:
     # torchvision's ResNet-18 has 11,176,512 parameters without its last layer; two more input channels of 7x7 to 64
     assert sum(parameter.numel() for parameter in ResNet18Features(32).parameters()) == 11_176_512 + 2 * 49 * 64
+
+
+def test_vgg_has_the_size_of_the_published_network() -> None:
+    widths = [64, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256]
+    expected = sum(9 * before * width + 2 * width for before, width in zip([5, *widths], widths, strict=False))
+    features = VggFeatures(128)
+    assert sum(parameter.numel() for parameter in features.parameters()) == expected == 4_099_136
+    assert features.features == 1024
+    assert features.eval()(torch.zeros(1, 128, 128)).shape == (1, 1024)
+
+
+@pytest.mark.parametrize(("box", "expected"), [(8, 1024), (24, 9 * 256), (32, 1024), (64, 1024)])
+def test_vgg_leaves_out_the_halvings_a_small_box_has_no_room_for(box: int, expected: int) -> None:
+    features = VggFeatures(box)
+    assert features.features == expected
+    assert features.eval()(torch.zeros(2, box, box)).shape == (2, expected)
+
+
+def test_vgg_halves_by_maxima_then_means_then_maxima() -> None:
+    pools = [type(layer).__name__[:3] for layer in VggFeatures(128) if "Pool" in type(layer).__name__]
+    assert pools == ["Max", "Max", "Max", "Avg", "Avg", "Max"]

@@ -88,3 +88,32 @@ def test_augmented_images_are_projections_at_turned_poses() -> None:
     expected = slices * shift_phase(source.disc, moved) * batch.ctf
     scale = expected.abs().pow(2).sum().sqrt() / batch.coefficients.abs().pow(2).sum().sqrt()
     assert_close(batch.coefficients, expected / scale, atol=1e-3, rtol=0)
+
+
+def test_each_loss_has_its_views() -> None:
+    source = sampler()
+    assert source.images(1, False).views is None
+    assert source.images(1, False, "symmetric").views.tolist() == [[0] * 2 * BATCH, [2] * 2 * BATCH]
+    pairs = torch.cat([source.images(step, False, "generalised").views for step in range(1, 101)], 1)
+    assert pairs.shape == (2, 200 * BATCH)
+    # two independent elements: all 64 pairs, each about as often
+    counts = torch.bincount(8 * pairs[0] + pairs[1], minlength=64)
+    assert counts.min() > 5 and counts.max() < 40
+
+
+def test_a_lane_draws_its_own_views_by_seed_and_step() -> None:
+    def views(source: Sampler, step: int = 1) -> list[list[int]]:
+        return source.images(step, False, "generalised").views.tolist()
+
+    both = views(sampler())
+    assert both == views(sampler())
+    assert both != views(sampler(), 2) and both != views(sampler(seed=2))
+    alone = Sampler(projections(COUNT)[0], [Lane(1, torch.arange(1, COUNT, 2))], HalfDisc(BOX), 1, BATCH, 4)
+    assert views(alone) == [row[BATCH:] for row in both]
+    assert [row[:BATCH] for row in both] != [row[BATCH:] for row in both]
+
+
+def test_views_disturb_neither_the_images_nor_their_augmentation() -> None:
+    plain, pairs = sampler().images(2, True), sampler().images(2, True, "generalised")
+    assert torch.equal(plain.coefficients, pairs.coefficients)
+    assert torch.equal(plain.ctf, pairs.ctf)

@@ -1,5 +1,8 @@
 """The loop: it repeats, resumes, stops before a bad step, and is not disturbed by being watched."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,18 +12,31 @@ from aceray.em.rotation import rotation_sqfrob
 from aceray.errors import DataError, NonFiniteLoss
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Trainer
-from aceray.train.objective import Objective
+from aceray.train.objective import Objective, ShiftMoments
 from aceray.train.predict import Particles, calibrate_normalisation, predict
-from aceray.train.schedule import TaskWeights, WarmupCosine
+from aceray.train.schedule import LabelFilters, ShiftWeight, TaskWeights, WarmupCosine
 from tests.train.phantom import BOX, autoencoder, projections
 
 STEPS = 8
 
 
-def trainer(score=None, heads: int = 2, evaluate_every: int = 100, particles: Particles | None = None) -> Trainer:
+def trainer(
+    score=None,
+    heads: int = 2,
+    evaluate_every: int = 100,
+    particles: Particles | None = None,
+    matched: bool = False,
+    **plans,
+) -> Trainer:
     particles = particles or projections(64)[0]
     model = autoencoder(heads)
-    objective = Objective(model, symmetric=False, shift_spread_px=1.0, shift_weight=0.2, train_shift=True)
+    objective = Objective(
+        model,
+        shift_spread_px=1.0,
+        shift_weight=0.2,
+        train_shift=True,
+        shifts=ShiftMoments(1.0) if matched else None,
+    )
     optimiser = torch.optim.AdamW(
         [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}]
     )
@@ -34,10 +50,10 @@ def trainer(score=None, heads: int = 2, evaluate_every: int = 100, particles: Pa
         True,
         1.0,
         0.1,
-        0.01,
+        ShiftWeight(0.01, STEPS),
         BOX,
     )
-    return Trainer(objective, optimiser, sampler, plan, score=score)
+    return Trainer(objective, optimiser, sampler, replace(plan, **plans), score=score)
 
 
 def losses(source: Trainer) -> list[dict[str, float]]:
@@ -131,3 +147,59 @@ def test_predicted_shifts_are_in_pixels_of_the_stored_images() -> None:
     assert_close(at_double.shift_px, 2 * at_box.shift_px)
     assert_close(at_double.rotation, at_box.rotation)
     assert at_box.particle_id.tolist() == list(range(16))
+
+
+ALTERNATING = TaskWeights(1.0, 3, False, alternating=True)
+
+
+def test_alternating_steps_do_one_task_at_a_time() -> None:
+    source = trainer(weights=ALTERNATING)
+    moved, tasks = [], []
+    for progress in source.run():
+        tasks.append(set(progress.losses) - {"loss_total"})
+        moved.append(source.model.decoder.density.detach().clone())
+    images, poses = {"loss_ipi", "loss_shift"}, {"loss_pip"}
+    assert tasks == [images, images, images, images, poses, images, poses, images]
+    # the volume learns from images alone
+    assert [not torch.equal(*pair) for pair in itertools.pairwise(moved)] == [task == images for task in tasks[1:]]
+
+
+def test_alternating_steps_leave_out_no_image() -> None:
+    source = trainer(weights=ALTERNATING)
+    seen, draw = [], source.sampler.images
+    source.sampler.images = lambda step, augment, loss: seen.append(step) or draw(step, augment, loss)
+    losses(source)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("loss", ["symmetric", "generalised"])
+def test_a_resumed_run_of_every_kind_ends_as_an_undisturbed_one(loss: str) -> None:
+    plans = {"loss": loss, "weights": ALTERNATING, "labels": LabelFilters([(5, 3)]), "matched": True}
+    whole, first, second = (trainer(**plans) for _ in range(3))
+    expected = losses(whole)
+    steps = first.run()
+    before = [next(steps).losses for _ in range(4)]
+    second.restore(*first.checkpoint())
+    assert before + losses(second) == expected
+    assert "shifts.square" in whole.checkpoint()[0]
+
+
+def test_labels_are_filtered_until_their_step() -> None:
+    plain, warm = losses(trainer()), losses(trainer(labels=LabelFilters([(1, 4)])))
+    assert warm[0]["loss_ipi"] < 0.9 * plain[0]["loss_ipi"]
+    assert warm[0]["loss_pip"] == plain[0]["loss_pip"]
+    # frozen, the next step sees the same parameters and the image itself
+    frozen = [trainer(), trainer(labels=LabelFilters([(1, 4)]))]
+    for one in frozen:
+        one._base_rates = [0.0, 0.0]
+    first, second = (losses(one) for one in frozen)
+    assert first[0]["loss_ipi"] != second[0]["loss_ipi"]
+    assert first[1:] == second[1:]
+
+
+def test_the_weight_of_the_shifts_falls_to_the_end() -> None:
+    source = trainer(shift_weight=ShiftWeight(3.0, STEPS, "linear"), weights=TaskWeights(0.0, 0, False))
+    for progress in source.run():
+        weight = 3.0 * (1 - (progress.step - 1) / STEPS) / BOX
+        found = progress.losses
+        assert found["loss_total"] == pytest.approx(found["loss_ipi"] + weight * found["loss_shift"])

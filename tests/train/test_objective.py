@@ -1,32 +1,37 @@
 """Losses against slow twins that work on images, and what each loss may teach."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from aceray.em.ctf import ctf_on_disc
+from aceray.em.dihedral import ELEMENTS, element_rotations, transform_ctf
+from aceray.em.filters import VARIANCES_PX2
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
-from aceray.train.objective import LOSER_WEIGHT, Batch, DrawnPoses, Objective
-from tests.train.phantom import autoencoder, projections
+from aceray.models.encoder import Hypotheses
+from aceray.train.objective import LOSER_WEIGHT, Batch, DrawnPoses, Objective, ShiftMoments
+from tests.references.filters import gaussian_filter
+from tests.train.phantom import PIXEL_SIZE_ANGSTROM, autoencoder, ctf_parameters, projections
 
 COUNT = 6
+SYMMETRIC = torch.tensor([[0] * COUNT, [2] * COUNT])
+PAIRS = torch.tensor([[0, 1, 2, 3, 4, 5], [6, 7, 5, 4, 1, 3]])
 
 
-def objective(heads: int = 1, symmetric: bool = False, lanes: int = 1, train_shift: bool = True) -> Objective:
+def objective(heads: int = 1, lanes: int = 1, train_shift: bool = True, **more) -> Objective:
     return Objective(
-        autoencoder(heads),
-        symmetric=symmetric,
-        shift_spread_px=1.0,
-        shift_weight=0.2,
-        train_shift=train_shift,
-        lanes=lanes,
+        autoencoder(heads), shift_spread_px=1.0, shift_weight=0.2, train_shift=train_shift, lanes=lanes, **more
     )
 
 
-def batch_of(task: Objective, count: int = COUNT, seed: int = 1) -> Batch:
+def batch_of(task: Objective, count: int = COUNT, seed: int = 1, views: Tensor | None = None) -> Batch:
     particles, _, _ = projections(count, seed=seed)
-    return Batch(particles.coefficients, particles.transfer(torch.arange(count), task.model.disc))
+    return Batch(particles.coefficients, particles.transfer(torch.arange(count), task.model.disc), views)
 
 
 def drawn_of(task: Objective, count: int = COUNT) -> DrawnPoses:
@@ -51,6 +56,22 @@ def half_turn(images: Tensor) -> Tensor:
     return images.flip(-1, -2).roll((1, 1), (-2, -1))
 
 
+def transformed(images: Tensor, elements: Tensor) -> Tensor:
+    """Mirror x -> -x for elements from 4 on, then quarter turns (x, y) -> (-y, x) about pixel (d//2, d//2)."""
+    results = []
+    for image, element in zip(images, elements.tolist(), strict=True):
+        if element >= 4:
+            image = image.flip(-1).roll(1, -1)
+        for _ in range(element % 4):
+            image = image.T.flip(-1).roll(1, -1)
+        results.append(image)
+    return torch.stack(results)
+
+
+def transformed_ctf(task: Objective, elements: Tensor) -> Tensor:
+    return ctf_on_disc(transform_ctf(ctf_parameters(len(elements)), elements), task.model.disc, PIXEL_SIZE_ANGSTROM)
+
+
 def squares(images: Tensor) -> list[float]:
     pixels = images.shape[-1] ** 2
     return [sum(float(value) ** 2 for value in image.flatten()) / pixels for image in images.detach()]
@@ -66,9 +87,9 @@ def test_image_loss_is_the_mean_squared_error_over_pixels() -> None:
 
 
 def test_symmetric_loss_is_the_smaller_error_of_an_image_and_its_half_turn() -> None:
-    task = objective(symmetric=True)
+    task = objective()
     task.eval()
-    batch = batch_of(task)
+    batch = batch_of(task, views=SYMMETRIC)
     images = task.model.disc.scatter(batch.coefficients)
     turned = half_turn(images)
     straight = squares(images - gamma(task, images, batch.ctf))
@@ -145,8 +166,152 @@ def test_lanes_are_normalised_one_by_one() -> None:
 
 
 def test_a_half_turned_image_gives_the_same_symmetric_loss() -> None:
-    task = objective(symmetric=True, heads=2)
+    task = objective(heads=2)
+    task.eval()
+    batch = batch_of(task, views=SYMMETRIC)
+    turned = task.model.disc.gather(half_turn(task.model.disc.scatter(batch.coefficients)))
+    assert_close(task(Batch(turned, batch.ctf, SYMMETRIC), None)["ipi"], task(batch, None)["ipi"], atol=1e-5, rtol=1e-5)
+
+
+def test_generalised_loss_is_the_smaller_error_of_two_transformed_images() -> None:
+    task = objective()
+    task.eval()
+    batch = batch_of(task, views=PAIRS)
+    images = task.model.disc.scatter(batch.coefficients)
+    errors = []
+    for elements in PAIRS:
+        turned, ctf = transformed(images, elements), transformed_ctf(task, elements)
+        errors.append(squares(turned - gamma(task, turned, ctf)))
+    smaller = [first < second for first, second in zip(*errors, strict=True)]
+    assert any(smaller) and not all(smaller)
+    expected = sum(min(pair) for pair in zip(*errors, strict=True)) / COUNT
+    assert_close(task(batch, None)["ipi"].item(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("element", range(ELEMENTS))
+def test_generalised_loss_is_invariant_under_its_own_transforms(element: int) -> None:
+    task = objective(heads=2)
+    task.eval()
+    batch, elements = batch_of(task, views=PAIRS), torch.full((COUNT,), element)
+    group = element_rotations()
+    undone = (group[PAIRS] @ group[element].T)[:, :, None]
+    views = (undone - group).abs().sum((-2, -1)).argmin(-1)
+    images = task.model.disc.gather(transformed(task.model.disc.scatter(batch.coefficients), elements))
+    turned = Batch(images, transformed_ctf(task, elements), views)
+    assert_close(task(turned, None), task(batch, None), atol=1e-5, rtol=1e-5)
+    swapped = dataclasses.replace(batch, views=PAIRS.flip(0))
+    assert_close(task(swapped, None)["ipi"], task(batch, None)["ipi"])
+
+
+class KnownPoses(nn.Module):
+    """An encoder that knows the pose of every view and keeps what it was shown."""
+
+    shift_limit_px = 2.0
+
+    def __init__(self, rotation: Tensor, shift_px: Tensor) -> None:
+        super().__init__()
+        self.poses = Hypotheses(rotation[:, None], shift_px)
+
+    def forward(self, coefficients: Tensor, ctf: Tensor | None) -> Hypotheses:
+        self.coefficients, self.ctf = coefficients, ctf
+        return self.poses
+
+
+@pytest.mark.parametrize("element", range(ELEMENTS))
+def test_the_pose_of_every_view_is_exact(element: int) -> None:
+    """With astigmatism and shifts: the view renders from the turned pose, which is turned back to the image's own."""
+    task = objective()
+    model, elements = task.model, torch.full((COUNT,), element)
+    generator = named_generator("tests/views")
+    rotation, shift = random_rotations(COUNT, generator), torch.randn(COUNT, 2, generator=generator)
+    group = element_rotations()[element]
+    moved_rotation, moved_shift = group @ rotation, shift @ group[:2, :2].T
+    ctf, moved_ctf = transformed_ctf(task, torch.zeros_like(elements)), transformed_ctf(task, elements)
+    model.encoder = KnownPoses(moved_rotation, moved_shift)
+    transform = model.decoder.transform().detach()
+    batch = Batch(model.render(transform, rotation, shift, ctf), ctf, elements[None])
+    energy = model.disc.energy(batch.coefficients).mean()
+    assert task(batch, None)["ipi"] < 1e-9 * energy
+    assert_close(model.encoder.ctf, moved_ctf, atol=1e-4, rtol=0)
+    expected = model.render(transform, moved_rotation, moved_shift, moved_ctf)
+    assert_close(model.encoder.coefficients, expected, atol=1e-4 * float(energy.sqrt()), rtol=0)
+    if element:
+        model.encoder = KnownPoses(rotation, shift)
+        assert task(batch, None)["ipi"] > 0.05 * energy
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_labels_are_filtered_images_and_predictions_are_not(number: int) -> None:
+    task = objective()
     task.eval()
     batch = batch_of(task)
-    turned = task.model.disc.gather(half_turn(task.model.disc.scatter(batch.coefficients)))
-    assert_close(task(Batch(turned, batch.ctf), None)["ipi"], task(batch, None)["ipi"], atol=1e-5, rtol=1e-5)
+    images = task.model.disc.scatter(batch.coefficients)
+    batch = dataclasses.replace(batch, coefficients=task.model.disc.gather(images))
+    filtered = [gaussian_filter(image, VARIANCES_PX2[number - 1], "wrap") for image in images.double().numpy()]
+    predicted = gamma(task, images, batch.ctf).detach().double().numpy()
+    expected = float(((np.stack(filtered) - predicted) ** 2).mean())
+    assert_close(task(batch, None, number)["ipi"].item(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(task(batch, None, 1)["ipi"], task(batch, None)["ipi"])
+
+
+def test_the_best_candidate_is_the_one_nearest_to_the_label() -> None:
+    task = objective(heads=4)
+    task.eval()
+    batch = batch_of(task)
+    model = task.model
+    label = batch.coefficients * task._label_transfer[4]
+    poses = model.encoder(batch.coefficients, batch.ctf)
+    errors = torch.stack(
+        [
+            model.residual(model.render(model.decoder.transform(), rotation, poses.shift_px, batch.ctf), label)
+            for rotation in poses.rotation.unbind(1)
+        ]
+    )
+    assert_close(task(batch, None, 5)["ipi"], errors.min(0).values.mean())
+
+
+def test_pip_may_train_the_decoder_too() -> None:
+    task = objective(train_decoder=True)
+    task(batch_of(task), drawn_of(task))["pip"].backward()
+    assert task.model.decoder.density.grad.abs().max() > 0
+    frozen = objective()
+    losses = [one(batch_of(one), drawn_of(one))["pip"] for one in (task, frozen)]
+    assert_close(*losses)
+
+
+def test_a_step_of_pip_alone_needs_no_images() -> None:
+    task = objective()
+    task.eval()
+    alone, both = task(None, drawn_of(task)), task(batch_of(task), drawn_of(task))
+    assert set(alone) == {"pip"}
+    assert_close(alone["pip"], both["pip"])
+
+
+def test_matched_shifts_take_the_moments_of_those_the_encoder_finds() -> None:
+    moments = ShiftMoments(2.0)
+    generator = named_generator("tests/moments")
+    drawn = 2.0 * torch.randn(20000, 2, generator=generator)
+    assert_close(moments.match(drawn), drawn)
+    mean, spread = torch.tensor([0.5, -1.0]), torch.tensor([0.3, 0.8])
+    for _ in range(600):
+        moments.update(mean + spread * torch.randn(64, 2, generator=generator))
+    matched = moments.match(drawn)
+    assert_close(matched.mean(0), mean, atol=0.03, rtol=0)
+    assert_close(matched.std(0), spread, atol=0.03, rtol=0)
+    assert torch.equal(ShiftMoments(0.0).match(drawn), drawn)
+
+
+def test_only_training_moves_the_moments_and_pip_renders_with_them() -> None:
+    task = objective(shifts=ShiftMoments(1.0))
+    drawn = drawn_of(task)
+    batch = batch_of(task)
+    task.eval()
+    task(batch, drawn)
+    assert task.shifts.mean.tolist() == [0.0, 0.0] and task.shifts.square.tolist() == [1.0, 1.0]
+    halved = dataclasses.replace(drawn, shift_px=drawn.shift_px / 2)
+    expected = task(batch, halved)["pip"]
+    task.shifts.square.fill_(0.25)
+    assert_close(task(batch, drawn)["pip"], expected)
+    task.train()
+    task(batch, None)
+    assert task.shifts.square.max() < 0.25
