@@ -11,7 +11,7 @@ from aceray.presets import load_config
 if TYPE_CHECKING:
     from aceray.folder import Existing, RunResult
 
-__all__ = ["OnProgress", "evaluate", "load_config", "simulate", "train"]
+__all__ = ["OnProgress", "evaluate", "evaluate_with_oracle", "load_config", "score", "simulate", "train"]
 
 OnProgress = Callable[[Any], None]
 
@@ -61,3 +61,30 @@ def evaluate(run_folder: str | Path, on_progress: OnProgress | None = None) -> "
     from aceray.distributed import run
 
     return run.evaluate_run(Path(run_folder), on_progress)
+
+
+def evaluate_with_oracle(
+    run_folder: str | Path, on_progress: OnProgress | None = None, on_search: OnProgress | None = None
+) -> "RunResult":
+    """Evaluate a run again, with the metrics of the oracle on its particles beside its own, under oracle/….
+
+    The oracle is the best any method could do on these images. `on_search` is called with the `OracleProgress` of
+    every batch of particles.
+
+    Raises:
+        DataError: as for `evaluate`, or the dataset's truth is not known.
+    """
+    from aceray.distributed import run
+
+    return run.evaluate_run_with_oracle(Path(run_folder), on_progress, on_search)
+
+
+def score(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[str, float]:
+    """Metrics of poses (a STAR file) and a volume (MRC) that any program made of a simulated dataset.
+
+    Raises:
+        DataError: a file is missing or not of this dataset, or the dataset's truth is not known.
+    """
+    from aceray.distributed import results
+
+    return results.score_files(dataset, poses, volume)

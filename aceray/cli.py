@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aceray import api
-from aceray.errors import AcerayError
+from aceray.errors import AcerayError, ConfigError
 
 if TYPE_CHECKING:
     from aceray.folder import RunResult
@@ -89,10 +89,27 @@ def train(
 
 
 @app.command()
-def evaluate(run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")]) -> None:
-    """Evaluate the last checkpoint of a run and renew its results."""
-    with _readable(f"to start again: {shlex.join(['aceray', 'evaluate', run_folder])}"):
-        result = api.evaluate(run_folder)
+def evaluate(
+    run_folder: Annotated[str | None, typer.Argument(help="folder of a run, for example runs/demo")] = None,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="show the best any method could do beside it (simulated sets)")
+    ] = False,
+    dataset: Annotated[str | None, typer.Option(help="score files of another program on this dataset")] = None,
+    poses: Annotated[str | None, typer.Option(help="its poses, a RELION STAR file")] = None,
+    volume: Annotated[str | None, typer.Option(help="its volume, an MRC file")] = None,
+) -> None:
+    """Evaluate the last checkpoint of a run and renew its results, or score the files of another program."""
+    with _readable("to start again, repeat the command"):
+        if dataset and poses and volume and not run_folder and not oracle:
+            Console(highlight=False).print(_table(api.score(dataset, poses, volume)))
+            return
+        if not run_folder or dataset or poses or volume:
+            raise ConfigError("evaluate: give either the folder of a run, or --dataset, --poses and --volume")
+        if oracle:
+            with _Display("oracle", "particles") as display:
+                result = api.evaluate_with_oracle(run_folder, None, display.searched)
+        else:
+            result = api.evaluate(run_folder)
     _print_result(result)
 
 
@@ -136,6 +153,13 @@ class _Display:
         """Show a finished shard."""
         self.numbers.plain = f"{progress.shards_done} of {progress.shards} shards"
         self.bar.update(self.task, completed=progress.particles_done, total=progress.particles)
+
+    def searched(self, progress: Any) -> None:
+        """Show how far the oracle's search is."""
+        self.numbers.plain = "searching poses with the true volume"
+        if progress.done == progress.particles:
+            self.numbers.plain = "back-projecting the true poses, evaluating, writing the results"
+        self.bar.update(self.task, completed=progress.done, total=progress.particles)
 
     def trained(self, progress: Any) -> None:
         """Show a step; an evaluation also leaves a line."""
@@ -186,14 +210,26 @@ def _program(name: str) -> str:
 
 def _table(metrics: Mapping[str, float]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
+    beside = any(key.startswith("oracle/") for key in metrics)
+    if beside:
+        table.add_row("", "this run", "", "oracle")
     for label, key, form, also, also_form in ROWS:
         if (value := metrics.get(key)) is not None:
-            other = metrics.get(also)
-            table.add_row(label, form.format(value), "" if other is None else also_form.format(other))
+            other, best = metrics.get(also), metrics.get(f"oracle/{key}")
+            cells = (form.format(value), "" if other is None else also_form.format(other))
+            table.add_row(label, *cells, "" if best is None else form.format(best))
+    for label, prefix in (("FSC, last five shells", ""), ("FSC, last five, oracle", "oracle/")):
+        if shells := _last_shells(metrics, prefix):
+            table.add_row(label, shells)
     seconds = metrics.get("train/wall_seconds")
     if seconds is not None:
         table.add_row("wall time", f"{int(seconds) // 60} min {int(seconds) % 60} s", "")
     return table
+
+
+def _last_shells(metrics: Mapping[str, float], prefix: str) -> str:
+    values = [metrics.get(f"{prefix}fsc/nyquist_minus_{below}") for below in (4, 3, 2, 1, 0)]
+    return " ".join(f"{value:.2f}".replace("0.", ".", 1) for value in values if value is not None)
 
 
 ROWS = [
@@ -207,6 +243,9 @@ ROWS = [
         "pose/rotation_deg_median",
         "{:.1f} deg",
     ),
+    ("  mean, best of 30", "pose/rotation_sqfrob_mean_best_of_30", "{:.4f}", "", ""),
+    ("  median, best of 30", "pose/rotation_sqfrob_median_best_of_30", "{:.4f}", "", ""),
+    ("shift error, mean square", "pose/shift_sq_px_mean", "{:.3f} px2", "pose/shift_sq_angstrom_mean", "{:.1f} A2"),
     ("coverage of view directions", "pose/coverage", "{:.3f}", "", ""),
     ("particles/s", "train/particles_per_second", "{:,.0f}", "", ""),
 ]

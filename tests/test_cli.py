@@ -103,6 +103,56 @@ def test_evaluate_shows_what_could_be_measured(tmp_path: Path, monkeypatch: pyte
     assert "FSC" not in done.stdout and "mlflow" not in done.stdout
 
 
+def test_evaluate_shows_the_oracle_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Searched:
+        done, particles = 2, 2
+
+    result = Result(tmp_path)
+    result.mlflow_run_id = None
+    best = {"fsc/resolution_px_0.5": 2.1, "pose/rotation_sqfrob_mean": 0.0049}
+    best |= {f"fsc/nyquist_minus_{below}": 0.9 + below / 100 for below in range(5)}
+    mine = {f"fsc/nyquist_minus_{below}": 0.5 + below / 100 for below in range(5)}
+    result.metrics = {**METRICS, **mine, **{f"oracle/{key}": value for key, value in best.items()}}
+
+    def evaluate(folder: str, on_progress: None, on_search: Any) -> Result:
+        on_search(Searched())
+        return result
+
+    monkeypatch.setattr(api, "evaluate_with_oracle", evaluate)
+    done = call("evaluate", "runs/x", "--oracle")
+    assert done.exit_code == 0, done.output
+    rows = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
+    assert done.stdout.splitlines()[0].split() == ["this", "run", "oracle"]
+    assert rows["resolution, FSC 0.5"][-2:] == ["2.10", "px"]
+    assert rows["rotation error, mean (of 8)"][-1] == "0.0049"
+    assert rows["FSC, last five shells"][-5:] == [".54", ".53", ".52", ".51", ".50"]
+    assert rows["FSC, last five, oracle"][-5:] == [".94", ".93", ".92", ".91", ".90"]
+    assert max(len(line.rstrip()) for line in done.stdout.split("\n\n")[0].splitlines()) <= 80
+
+
+def test_evaluate_scores_the_files_of_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def score(*files: str) -> dict[str, float]:
+        seen.extend(files)
+        return METRICS
+
+    monkeypatch.setattr(api, "score", score)
+    done = call("evaluate", "--dataset", "data/x", "--poses", "other.star", "--volume", "other.mrc")
+    assert done.exit_code == 0, done.output
+    assert seen == ["data/x", "other.star", "other.mrc"]
+    assert "0.4321" in done.stdout and "oracle" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--dataset", "d", "--poses", "p"), ("runs/x", "--poses", "p"), ("--oracle",)]
+)
+def test_evaluate_wants_a_run_or_files(arguments: tuple[str, ...]) -> None:
+    done = call("evaluate", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: evaluate: give either the folder of a run, or --dataset, ")
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: object) -> None:
         raise DataError("data/demo: there is\nno dataset")

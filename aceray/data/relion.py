@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import starfile
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from aceray.data.manifest import Manifest
 from aceray.data.particles import CTF_UNITS, ParticleSet
 from aceray.data.storage import storage_error, written_atomically
-from aceray.em.rotation import relion_from_rotation
+from aceray.em.rotation import relion_from_rotation, rotation_from_relion
 from aceray.errors import DataError
 
 _PARTICLE_COLUMNS = {
@@ -90,7 +91,51 @@ def read_star(path: Path | str) -> dict[str, Float[Tensor, "n"]]:
     optics table states rlnImagePixelSize. Raises DataError when the file is missing, is no STAR file, or refers to an
     optics group that it does not describe.
     """
-    particles = _joined(Path(path))
+    return _known_columns(path, _joined(Path(path)))
+
+
+def read_poses_star(
+    path: Path | str, manifest: Manifest
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
+    """Rotations, shifts in pixels of the stored box and particle numbers, ascending, of any program's STAR file.
+
+    Rows are particles by the number before the @ of rlnImageName, or by their order where the file has no such names or
+    several stacks. Raises DataError when the file is missing or no STAR file, has no angles, or its rows cannot be
+    assigned to particles.
+    """
+    table = _joined(Path(path))
+    columns = _known_columns(path, table)
+    missing = [name for name, ours in list(_PARTICLE_COLUMNS.items())[:3] if ours not in columns]
+    if missing:
+        raise DataError(f"{path}: lacks the column {missing[0]}; give a file with refined poses.")
+    rotation = rotation_from_relion(columns["rot_deg"], columns["tilt_deg"], columns["psi_deg"]).float()
+    zero = torch.zeros(len(table), dtype=torch.float64)
+    origin = torch.stack([columns.get(f"origin_{axis}_angstrom", zero) for axis in "xy"], dim=1)
+    shift_px = (-origin / manifest.pixel_size_angstrom).float()
+    number, order = _particle_numbers(path, table, manifest.particles).sort()
+    return rotation[order], shift_px[order], number
+
+
+def _particle_numbers(path: Path | str, table: pd.DataFrame, particles: int) -> Int[Tensor, "n"]:
+    names = table["rlnImageName"].astype(str) if "rlnImageName" in table else pd.Series(dtype=str)
+    parts = names.str.extract(r"^(\d+)@(.+)$")
+    if len(names) == 0 or parts[0].isna().any() or parts[1].nunique() > 1:
+        if len(table) != particles:
+            raise DataError(
+                f"{path}: has {len(table)} rows and no rlnImageName of one stack, the data set {particles} particles; "
+                "without such names all particles are needed, in their order."
+            )
+        return torch.arange(particles)
+    number = torch.from_numpy(parts[0].astype("int64").to_numpy(copy=True)) - 1
+    if int(number.min()) < 0 or int(number.max()) >= particles or len(number.unique()) < len(number):
+        raise DataError(
+            f"{path}: rlnImageName does not count particles 1 to {particles}, each once at most; give the poses of "
+            "this data set."
+        )
+    return number
+
+
+def _known_columns(path: Path | str, particles: pd.DataFrame) -> dict[str, Float[Tensor, "n"]]:
     found = {ours: particles[name] for name, ours in (_PARTICLE_COLUMNS | _OPTICS_COLUMNS).items() if name in particles}
     for name, ours in _OLD_ORIGINS.items():
         if name in particles and ours not in found:

@@ -2,32 +2,45 @@
 
 import csv
 import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from aceray.config import Config
-from aceray.data.mrc import write_volume
-from aceray.data.particles import ParticleSet
-from aceray.data.relion import write_poses_star
+from aceray.data.mrc import read_volume, write_volume
+from aceray.data.particles import ParticleSet, ParticleStack, open_particles
+from aceray.data.relion import read_poses_star, write_poses_star
 from aceray.data.storage import written_atomically
 from aceray.distributed.share import Share
+from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import relion_from_rotation
+from aceray.errors import DataError
 from aceray.folder import RunFolder, RunResult, write_json
 from aceray.metrics.fsc import FscCurve
 from aceray.tracking import Tracker
 from aceray.train.evaluate import evaluate
 from aceray.train.figures import draw_figures
-from aceray.train.predict import Poses
+from aceray.train.oracle import OracleProgress, run_oracle
+from aceray.train.predict import Poses, particles_from_stack
 
 DIGITS_OF_A_NOTE = 4
+FIELD_TOLERANCE = 0.005
 
 
 def write_results(
-    config: Config, folder: RunFolder, particles: ParticleSet, shares: list[Share], tracker: Tracker
+    config: Config,
+    folder: RunFolder,
+    particles: ParticleSet,
+    shares: list[Share],
+    tracker: Tracker,
+    beside: Mapping[str, float] | None = None,
 ) -> RunResult:
     """Evaluate, as far as there is a truth; write every file, metrics.json last; store them with the MLflow run.
+
+    `beside` are metrics that are reported along with the run's own: the oracle's.
 
     Volume and poses are written in the reconstruction's own frame, in which they belong together; the figures show the
     aligned volume.
@@ -51,13 +64,51 @@ def write_results(
     for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
         with written_atomically(folder.figures / f"{name}.png") as file:
             figure.savefig(file, format="png")
-    metrics = {**_of_training(folder, rows), **evaluation.metrics}
+    metrics = {**_of_training(folder, rows), **evaluation.metrics, **(beside or {})}
     write_json(folder.metrics, metrics)
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)
     paths = folder.paths
     tracker.keep([path for name, path in paths.items() if name != "checkpoints"], _note(config, particles, metrics))
     return RunResult(metrics, folder.path, paths, tracker.run_id)
+
+
+def oracle_metrics(
+    particles: ParticleSet, stack: ParticleStack, device: str, on_progress: Callable[[OracleProgress], None] | None
+) -> dict[str, float]:
+    """The oracle's metrics on the particles of a stack, at its box; DataError when the truth is not known."""
+    truth, volume = particles.read_truth(), particles.read_truth_volume()
+    if truth is None or volume is None:
+        raise DataError(
+            f"{particles.path}: holds no true poses and volume, so there is no oracle; leave out --oracle, or use a "
+            "simulated set"
+        )
+    manifest, disc = particles.manifest, HalfDisc(stack.images.shape[-1]).to(device)
+    images = particles_from_stack(stack, disc, manifest.pixel_size_angstrom * manifest.box / disc.box)
+    oracle = run_oracle(images, disc, truth, volume, manifest.noise_std, manifest.pixel_size_angstrom, on_progress)
+    return oracle.metrics
+
+
+def score_files(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[str, float]:
+    """Metrics of poses (STAR) and a volume (MRC) that another program made of a data set, against its truth.
+
+    Raises:
+        DataError: a file is missing or not of this data set, or the truth of the data set is not known.
+    """
+    particles = open_particles(dataset)
+    manifest, truth, true_volume = particles.manifest, particles.read_truth(), particles.read_truth_volume()
+    if truth is None and true_volume is None:
+        raise DataError(f"{particles.path}: holds neither true poses nor a true volume to compare with")
+    rotation, shift_px, number = read_poses_star(poses, manifest)
+    predicted, pixel_size_angstrom = read_volume(volume)
+    field, ours = pixel_size_angstrom * predicted.shape[-1], manifest.pixel_size_angstrom * manifest.box
+    if abs(field - ours) > FIELD_TOLERANCE * ours:
+        raise DataError(
+            f"{volume}: is {field:.1f} A wide, the images of {particles.path} {ours:.1f} A; give the volume in the "
+            "images' box, with its pixel size in the header"
+        )
+    found = Poses(number, rotation, shift_px, torch.zeros(len(number)))
+    return evaluate(predicted, found, truth, true_volume, manifest.pixel_size_angstrom).metrics
 
 
 def join_poses(shares: list[Share]) -> Poses:

@@ -15,17 +15,19 @@ import torch
 
 from aceray.build import lane_count, row_groups_of_lanes
 from aceray.config import Config
-from aceray.data.particles import ParticleSet, RowGroup, open_particles
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
-from aceray.distributed.results import write_results
+from aceray.distributed.results import oracle_metrics, write_results
 from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
 from aceray.tracking import Tracker, software_tags, start_tracking
 from aceray.train.loop import Progress
+from aceray.train.oracle import OracleProgress
 
 OnProgress = Callable[[Progress], None]
+OnSearch = Callable[[OracleProgress], None]
 
 
 def run(config: Config, existing: Existing = "error", on_progress: OnProgress | None = None) -> RunResult:
@@ -59,10 +61,37 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
 def evaluate_run(path: str | Path, on_progress: OnProgress | None = None) -> RunResult:
     """Predict, evaluate and write the results of an earlier run again, from its newest checkpoint, in this process.
 
+    What an earlier evaluation found of the oracle, which depends on the data set alone, is kept.
+
     Raises:
         DataError: the folder holds no run or no checkpoint, or the data set is not that of the run.
     """
     folder = open_run_folder(path)
+    before = json.loads(folder.metrics.read_text()) if folder.metrics.exists() else {}
+    kept = {name: value for name, value in before.items() if name.startswith("oracle/") and value is not None}
+    return _evaluate(folder, on_progress, lambda particles, stack, device: kept)
+
+
+def evaluate_run_with_oracle(
+    path: str | Path, on_progress: OnProgress | None = None, on_search: OnSearch | None = None
+) -> RunResult:
+    """The same, with the oracle's metrics on the run's particles beside those of the run; `on_search` sees it search.
+
+    Raises:
+        DataError: as for `evaluate_run`, or the data set's truth is not known.
+    """
+    return _evaluate(
+        open_run_folder(path),
+        on_progress,
+        lambda particles, stack, device: oracle_metrics(particles, stack, device, on_search),
+    )
+
+
+def _evaluate(
+    folder: RunFolder,
+    on_progress: OnProgress | None,
+    score_oracle: Callable[[ParticleSet, ParticleStack, str], dict[str, float]],
+) -> RunResult:
     config = load_config(str(folder.config))
     steps = folder.checkpoint_steps()
     if not steps:
@@ -70,12 +99,13 @@ def evaluate_run(path: str | Path, on_progress: OnProgress | None = None) -> Run
     particles = open_particles(config.data.path)
     _check_data(folder, particles)
     groups, box = particles.row_groups(), config.data.box or particles.manifest.box
-    with _ended_by_sigterm(), _threads(config), start_tracking(config, folder, _tags(particles)) as tracker:
-        tracker.status_at_end = tracker.status_before
-        share = predict_share(
-            config, folder, particles, read_here(particles, groups, box), Place(device=_device(config))
-        )
-        result = write_results(config, folder, particles, [share], tracker)
+    with _ended_by_sigterm(), _threads(config):
+        stack, device = read_here(particles, groups, box), _device(config)
+        beside = score_oracle(particles, stack, device)
+        with start_tracking(config, folder, _tags(particles)) as tracker:
+            tracker.status_at_end = tracker.status_before
+            share = predict_share(config, folder, particles, stack, Place(device=device))
+            result = write_results(config, folder, particles, [share], tracker, beside)
     if on_progress is not None:
         on_progress(Progress(steps[-1], config.train.steps, {}, 0.0, result.metrics))
     return result

@@ -15,8 +15,8 @@ from torch import Tensor
 from aceray.em.fourier import crop_volume
 from aceray.em.projection import padded_transform, sample_transform
 from aceray.em.random import named_generator
-from aceray.em.rotation import rotation_from_relion, rotation_from_vector, rotation_sqfrob
-from aceray.metrics.coverage import healpix_centres
+from aceray.em.rotation import rotation_from_vector, rotation_sqfrob
+from aceray.metrics.coverage import rotation_grid
 from aceray.metrics.fsc import HalfBall, fsc_area, half_ball, shell_correlation, shell_sum
 
 CLIP_SQFROB = 1.0  # 41 degrees: beyond it a pose says nothing about the frame
@@ -221,7 +221,7 @@ def search_alignments(predicted: Float[Tensor, "d d d"], true: Float[Tensor, "d 
     reduced = crop_volume(predicted.detach().float(), small)
     transform = padded_transform(reduced, PAD)
     weight = _shell_scale(ball.gather(reduced), ball)
-    rotations = _rotation_grid().to(true.device)
+    rotations = rotation_grid(_SEARCH_NSIDE, _SEARCH_TURNS).to(true.device)
     options: list[tuple[float, VolumeAlignment]] = []
     for flipped in (False, True):
         score, shift = _correlate_all(transform, target, ball, weight, rotations, flipped)
@@ -232,16 +232,6 @@ def search_alignments(predicted: Float[Tensor, "d d d"], true: Float[Tensor, "d 
             options.append((area, replace(refined, shift_px=refined.shift_px * (box / small))))
     options.sort(key=lambda option: -option[0])
     return [alignment for _, alignment in options[:_SEARCH_STARTS]]
-
-
-def _rotation_grid() -> Float[Tensor, "g 3 3"]:
-    directions = healpix_centres(_SEARCH_NSIDE)
-    rot = torch.atan2(directions[:, 1], directions[:, 0]).rad2deg()
-    tilt = directions[:, 2].acos().rad2deg()
-    turn = torch.arange(_SEARCH_TURNS, dtype=torch.float64) * (360 / _SEARCH_TURNS)
-    shape = (len(directions), _SEARCH_TURNS)
-    angles = [rot[:, None].expand(shape), tilt[:, None].expand(shape), turn.expand(shape)]
-    return rotation_from_relion(*angles).flatten(0, 1).float()
 
 
 def _shell_scale(coefficients: Complex[Tensor, " p"], ball: HalfBall) -> Float[Tensor, " p"]:

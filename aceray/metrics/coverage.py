@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from aceray.em.rotation import rotation_from_relion
+
 NSIDE = 4  # 192 cells, 14.7 degrees across
 
 
@@ -61,6 +63,17 @@ def healpix_centres(nside: int) -> Float[Tensor, "cells 3"]:
     height = z.repeat_interleave(size)
     radius = (1 - height.square()).clamp(min=0).sqrt()
     return torch.stack([radius * angle.cos(), radius * angle.sin(), height], dim=-1)
+
+
+def rotation_grid(nside: int, turns: int) -> Float[Tensor, "g 3 3"]:
+    """Rotations with a beam at each HEALPix centre and evenly spaced in-plane turns: an even cover of SO(3)."""
+    directions = healpix_centres(nside)
+    rot = torch.atan2(directions[:, 1], directions[:, 0]).rad2deg()
+    tilt = directions[:, 2].acos().rad2deg()
+    turn = torch.arange(turns, dtype=torch.float64) * (360 / turns)
+    shape = (len(directions), turns)
+    angles = [rot[:, None].expand(shape), tilt[:, None].expand(shape), turn.expand(shape)]
+    return rotation_from_relion(*angles).flatten(0, 1).float()
 
 
 def view_histogram(rotation: Float[Tensor, "n 3 3"], nside: int = NSIDE) -> Int[Tensor, " cells"]:

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aceray.em.rotation import rotation_sqfrob
+from aceray.metrics.alignment import flip_hand
 
+REFERENCES = 30
 GOOD_SQFROB = 0.5  # 29 degrees: the error below which a pose counts as found
 
 
@@ -42,6 +44,26 @@ def pose_errors(
         shift_sq_px=corrected.square().sum(-1).float(),
         origin_px=origin.float(),
     )
+
+
+def best_of_references(
+    predicted: Float[Tensor, "n 3 3"], true: Float[Tensor, "n 3 3"], count: int = REFERENCES
+) -> tuple[float, float]:
+    """Mean and median rotation error by cryoAI's rule (Levy et al. 2022), which ACE-EM's tables follow.
+
+    Each of the first 30 images gives two frames, one of either hand, in which its own error is nothing. All poses are
+    compared in each; the smallest of the 60 means and, separately, of the 60 medians count. For comparison alone: it
+    exceeds the error after least squares, and mean and median may come from different frames.
+    """
+    predicted, true = predicted.double(), true.double()
+    means, medians = [], []
+    for hand in (predicted, flip_hand(predicted)):
+        relative = (hand.transpose(-1, -2) @ true).flatten(1)
+        # |R - R' Q|^2 = 6 - 2 tr(Q^T R'^T R)
+        errors = (6 - 2 * relative @ relative[:count].T).clamp(min=0)
+        means.append(errors.mean(0).amin())
+        medians.append(errors.median(0).values.amin())
+    return float(min(means)), float(min(medians))
 
 
 def solve_origin(rotation: Float[Tensor, "n 3 3"], difference_px: Float[Tensor, "n 2"]) -> Float[Tensor, " 3"]:

@@ -22,10 +22,11 @@ from aceray.metrics.alignment import (
 )
 from aceray.metrics.coverage import coverage, view_entropy
 from aceray.metrics.fsc import FscCurve, fsc_area, half_ball, resolution_px, shell_correlation
-from aceray.metrics.pose import PoseErrors, pose_errors
+from aceray.metrics.pose import PoseErrors, best_of_references, pose_errors
 from aceray.train.predict import Poses
 
 THRESHOLDS = (0.5, 0.143)
+LAST_SHELLS = 5
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EvaluatedPoses:
     particle_id: Int[Tensor, " n"]
     rotation: Float[Tensor, "n 3 3"]
     errors: PoseErrors
+    best_of_30: tuple[float, float]  # mean and median rotation error by metrics.pose.best_of_references
     alignment: PoseAlignment
 
 
@@ -56,7 +58,8 @@ class Evaluation:
     Keys of `metrics`: pose/rotation_* (squared Frobenius norm, or degrees), pose/shift_sq_* (squared length after
     solving for the volume's origin, `raw` before; px are those of the stored images), pose/fraction_below_half (share
     of rotation errors below 0.5), pose/coverage and pose/view_entropy (of beam directions), fsc/resolution_px_* (pixels
-    of the predicted volume's box), fsc/resolution_angstrom_*, fsc/auc.
+    of the predicted volume's box), fsc/resolution_angstrom_*, fsc/auc, fsc/nyquist_minus_0 … 4 (the curve at its last
+    five shells), pose/rotation_sqfrob_*_best_of_30 (by cryoAI's rule, with which the paper's tables were made).
     """
 
     metrics: dict[str, float]
@@ -86,7 +89,7 @@ def evaluate(
     view_rotation = evaluated.rotation if evaluated else poses.rotation.detach().cpu()
     metrics = {"pose/coverage": coverage(view_rotation), "pose/view_entropy": view_entropy(view_rotation)}
     if evaluated:
-        metrics |= _pose_metrics(evaluated.errors, pixel_size_angstrom)
+        metrics |= _pose_metrics(evaluated, pixel_size_angstrom)
     aligned = None
     if truth_volume is not None:
         aligned = _evaluate_volume(volume, truth_volume, pixel_size_angstrom, evaluated)
@@ -106,16 +109,18 @@ def _check(volume: Tensor, poses: Poses) -> None:
 
 
 def _evaluate_poses(poses: Poses, truth: Truth) -> EvaluatedPoses:
-    row = _rows_of_truth(poses.particle_id.cpu(), truth.particle_id.cpu())
+    row = rows_of_truth(poses.particle_id.cpu(), truth.particle_id.cpu())
     true_rotation, true_shift = truth.rotation.cpu()[row], truth.shift_px.cpu()[row]
     predicted = poses.rotation.detach().cpu()
     alignment = align_poses(predicted, true_rotation)
     rotation = alignment.apply(predicted)
     errors = pose_errors(rotation, poses.shift_px.detach().cpu(), true_rotation, true_shift)
-    return EvaluatedPoses(poses.particle_id.cpu(), rotation, errors, alignment)
+    best_of_30 = best_of_references(predicted, true_rotation)
+    return EvaluatedPoses(poses.particle_id.cpu(), rotation, errors, best_of_30, alignment)
 
 
-def _rows_of_truth(wanted: Int[Tensor, " n"], known: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
+def rows_of_truth(wanted: Int[Tensor, " n"], known: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
+    """Where the wanted particles stand among the known ones; DataError when one does not."""
     ordered, order = known.sort()
     place = torch.searchsorted(ordered, wanted).clamp(max=len(ordered) - 1)
     missing = wanted[ordered[place] != wanted] if len(ordered) else wanted
@@ -127,12 +132,15 @@ def _rows_of_truth(wanted: Int[Tensor, " n"], known: Int[Tensor, " m"]) -> Int[T
     return order[place]
 
 
-def _pose_metrics(errors: PoseErrors, pixel_size_angstrom: float) -> dict[str, float]:
+def _pose_metrics(poses: EvaluatedPoses, pixel_size_angstrom: float) -> dict[str, float]:
+    errors, (mean_of_30, median_of_30) = poses.errors, poses.best_of_30
     rotation, area = errors.rotation_sqfrob, pixel_size_angstrom**2
     shift, raw = float(errors.shift_sq_px.mean()), float(errors.shift_sq_px_raw.mean())
     return {
         "pose/rotation_sqfrob_mean": float(rotation.mean()),
         "pose/rotation_sqfrob_median": float(rotation.median()),
+        "pose/rotation_sqfrob_mean_best_of_30": mean_of_30,
+        "pose/rotation_sqfrob_median_best_of_30": median_of_30,
         "pose/rotation_deg_median": float(sqfrob_to_degrees(rotation.median())),
         "pose/fraction_below_half": errors.fraction_below_half,
         "pose/shift_sq_px_mean": shift,
@@ -169,6 +177,8 @@ def _evaluate_volume(
 
 def _volume_metrics(curve: FscCurve) -> dict[str, float]:
     metrics = {"fsc/auc": fsc_area(curve.values)}
+    for below in range(LAST_SHELLS):
+        metrics[f"fsc/nyquist_minus_{below}"] = float(curve.values[-1 - below])
     for threshold in THRESHOLDS:
         pixels = resolution_px(curve.values, threshold, curve.box)
         metrics[f"fsc/resolution_px_{threshold}"] = pixels

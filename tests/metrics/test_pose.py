@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from aceray.em.formation import shift_image
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector
-from aceray.metrics.pose import origin_displacement, pose_errors, solve_origin
+from aceray.metrics.pose import best_of_references, origin_displacement, pose_errors, solve_origin
+from tests.references.pose import best_of_references as best_of_loop
 from tests.references.pose import origin_by_least_squares, sqfrob_from_angle
 from tests.references.projection import blob_projection
 
@@ -72,3 +73,17 @@ def test_what_no_view_shows_stays_zero() -> None:
     origin = solve_origin(rotation.expand(7, 3, 3), shift.expand(7, 2))
     assert_close(origin_displacement(rotation, origin)[0], shift[0].double(), atol=1e-6, rtol=0)
     assert float(rotation[0, 2].double() @ origin) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_best_of_thirty_references_equals_the_loop(flipped: bool) -> None:
+    true, _ = draw(70, 3)
+    off = 0.1 * torch.randn(70, 3, generator=named_generator("tests/pose/off"))
+    predicted = rotation_from_vector(off) @ true @ draw(1, 4)[0][0]
+    if flipped:
+        predicted = torch.diag(torch.tensor([-1.0, -1.0, 1.0])) @ predicted
+    expected = best_of_loop(predicted.double().numpy(), true.double().numpy(), 30)
+    assert best_of_references(predicted, true) == pytest.approx(expected, rel=1e-4)
+    aligned = pose_errors(rotation_from_vector(off) @ true, true[:, 0, :2], true, true[:, 0, :2])
+    assert expected[0] > 1.02 * float(aligned.rotation_sqfrob.mean())
+    assert best_of_references(predicted[:5], true[:5])[0] >= 0

@@ -24,3 +24,16 @@ def clipped_mean_error(predicted: np.ndarray, true: np.ndarray, clip: float) -> 
     """Mean of min(|R - R'|^2, clip)."""
     errors = [min(float(((a - b) ** 2).sum()), clip) for a, b in zip(predicted, true, strict=True)]
     return sum(errors) / len(errors)
+
+
+def best_of_references(predicted: np.ndarray, true: np.ndarray, count: int) -> tuple[float, float]:
+    """Smallest mean and smallest median error over the frames of the first images and both hands."""
+    means, medians = [], []
+    for hand in (np.eye(3), np.diag([-1.0, -1.0, 1.0])):
+        poses = [hand @ matrix for matrix in predicted]
+        for reference in range(min(count, len(poses))):
+            frame = poses[reference].T @ true[reference]
+            errors = sorted(float(((a @ frame - b) ** 2).sum()) for a, b in zip(poses, true, strict=True))
+            means.append(sum(errors) / len(errors))
+            medians.append(errors[(len(errors) - 1) // 2])
+    return min(means), min(medians)

@@ -23,6 +23,8 @@ ORIGIN = torch.tensor([1.2, -0.6, 0.9])
 POSE_KEYS = {
     "pose/rotation_sqfrob_mean",
     "pose/rotation_sqfrob_median",
+    "pose/rotation_sqfrob_mean_best_of_30",
+    "pose/rotation_sqfrob_median_best_of_30",
     "pose/rotation_deg_median",
     "pose/fraction_below_half",
     "pose/shift_sq_px_mean",
@@ -34,6 +36,7 @@ POSE_KEYS = {
 VIEW_KEYS = {"pose/coverage", "pose/view_entropy"}
 FSC_KEYS = {
     "fsc/auc",
+    *(f"fsc/nyquist_minus_{shell}" for shell in range(5)),
     "fsc/resolution_px_0.5",
     "fsc/resolution_px_0.143",
     "fsc/resolution_angstrom_0.5",
@@ -93,9 +96,11 @@ def test_a_perfect_reconstruction_in_another_frame_is_perfect(sign: int) -> None
     assert metrics["fsc/resolution_px_0.5"] == 2
     assert metrics["fsc/resolution_angstrom_0.143"] == 2 * PIXEL_SIZE
     assert metrics["fsc/auc"] > 0.99
+    assert metrics["pose/rotation_sqfrob_mean_best_of_30"] < 1e-8
     assert result.poses is not None
     assert result.volume is not None
     assert result.poses.alignment.flipped == result.volume.alignment.flipped == (sign < 0)
+    assert [metrics[f"fsc/nyquist_minus_{shell}"] for shell in range(5)] == result.volume.fsc.values[-5:].tolist()[::-1]
     assert_close(result.volume.alignment.shift_px, ORIGIN, atol=0.02, rtol=0)
     assert_close(result.volume.predicted, result.volume.true, atol=0.03 * float(true_volume().max()), rtol=0)
     assert_close(result.view_rotation, truth().rotation, atol=1e-5, rtol=0)

@@ -1,0 +1,106 @@
+"""Evaluation beside the oracle, and files of other programs in the same metrics."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import starfile
+import torch
+
+from aceray.config import Config
+from aceray.data.mrc import read_volume, write_volume
+from aceray.data.particles import ParticleSet, open_particles
+from aceray.distributed.results import score_files
+from aceray.distributed.run import evaluate_run, evaluate_run_with_oracle, run
+from aceray.errors import DataError
+from aceray.folder import RunResult
+from aceray.presets import load_config
+from aceray.train import oracle
+from tests.distributed.conftest import QUICK
+from tests.distributed.particles import BOX, PIXEL_SIZE, write_particles
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, ParticleSet]:
+    """A short run on particles whose truth is known."""
+    folder = tmp_path_factory.mktemp("scoring")
+    particles = write_particles(folder / "blobs", truth=True)
+    config = load_config(f"data.path={particles.path}", f"runs={folder / 'runs'}", *QUICK)
+    return run(config), particles
+
+
+def same(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert {name.split("/")[0] for name in found} == {"pose", "fsc"}
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3, abs=1e-5)
+
+
+def test_our_own_files_give_our_own_numbers(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
+    result, particles = finished
+    star, volume = result.paths["poses_star"], result.paths["volume"]
+    same(score_files(particles.path, star, volume), result.metrics)
+    blocks = starfile.read(star)
+    # the number in the name counts, not the order of the rows
+    blocks["particles"] = blocks["particles"].iloc[::-1]
+    starfile.write(blocks, tmp_path / "backwards.star")
+    same(score_files(particles.path, tmp_path / "backwards.star", volume), result.metrics)
+    blocks["particles"] = blocks["particles"].iloc[::-1].drop(columns="rlnImageName")
+    starfile.write(blocks, tmp_path / "nameless.star")
+    same(score_files(particles.path, tmp_path / "nameless.star", volume), result.metrics)
+
+
+def test_files_of_another_set_are_refused(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
+    result, particles = finished
+    star, volume = result.paths["poses_star"], result.paths["volume"]
+    blocks = starfile.read(star)
+    whole = blocks["particles"]
+    broken = {
+        "lacks the column rlnAngleTilt": whole.drop(columns="rlnAngleTilt"),
+        "has 7 rows and no rlnImageName": whole.drop(columns="rlnImageName")[:7],
+        "does not count particles 1 to 1024": whole.assign(rlnImageName="000001@stack.mrcs"),
+    }
+    for message, table in broken.items():
+        starfile.write({"optics": blocks["optics"], "particles": table}, tmp_path / "broken.star", overwrite=True)
+        with pytest.raises(DataError, match=message):
+            score_files(particles.path, tmp_path / "broken.star", volume)
+    write_volume(tmp_path / "wide.mrc", read_volume(volume)[0], 2 * PIXEL_SIZE)
+    with pytest.raises(DataError, match=r"is 128\.0 A wide, the images of .* 64\.0 A"):
+        score_files(particles.path, star, tmp_path / "wide.mrc")
+    with pytest.raises(DataError, match="holds neither true poses nor a true volume"):
+        score_files(write_particles(tmp_path / "untrue").path, star, volume)
+
+
+def test_the_oracle_stands_beside_the_run(
+    finished: tuple[RunResult, ParticleSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = finished
+    monkeypatch.setattr(oracle, "SEARCHED_PARTICLES", 200)
+    monkeypatch.setattr(oracle, "_SEARCH_NSIDE", 2)
+    events: list[oracle.OracleProgress] = []
+    again = evaluate_run_with_oracle(result.folder, None, events.append)
+    assert events[-1].done == events[-1].particles == 200
+    assert again.metrics["oracle/pose/rotation_sqfrob_mean"] < 0.1 < again.metrics["pose/rotation_sqfrob_mean"]
+    assert again.metrics["oracle/fsc/auc"] > again.metrics["fsc/auc"]
+    assert json.loads(again.paths["metrics"].read_text()) == again.metrics
+    # an evaluation without it keeps what does not depend on the run
+    assert evaluate_run(result.folder).metrics == again.metrics
+
+
+def test_without_a_truth_there_is_no_oracle(configure: Callable[..., Config]) -> None:
+    result = run(configure("name=untrue", "train.steps=2", "train.checkpoint_every=2"))
+    with pytest.raises(DataError, match="holds no true poses and volume, so there is no oracle"):
+        evaluate_run_with_oracle(result.folder)
+
+
+def test_the_truth_scores_perfectly(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
+    from aceray.data.relion import write_poses_star
+
+    particles = open_particles(finished[1].path)
+    truth, volume = particles.read_truth(), particles.read_truth_volume()
+    assert truth is not None and volume is not None
+    write_poses_star(tmp_path / "true.star", truth.rotation, truth.shift_px + torch.tensor([0.5, 0.0]), particles)
+    write_volume(tmp_path / "true.mrc", volume, PIXEL_SIZE)
+    metrics = score_files(particles.path, tmp_path / "true.star", tmp_path / "true.mrc")
+    assert metrics["pose/rotation_sqfrob_mean"] < 1e-6 and metrics["fsc/resolution_px_0.5"] == 2
+    assert metrics["pose/shift_sq_px_raw_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert BOX * PIXEL_SIZE == 64
