@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import Config, MlpEncoder, SirenDecoder, VggEncoder, VoxelDecoder
+from aceray.config import Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
@@ -36,8 +36,7 @@ from aceray.train.schedule import (
     WarmupCosine,
     WarmupMultiStep,
 )
-from aceray.train.statistics import ImageStatistics, image_statistics
-from aceray.train.workers import sum_over_workers
+from aceray.train.statistics import ImageStatistics, image_statistics, sum_over_workers
 
 # filtered particles of each lane from which the input's scale is taken
 _SCALE_PARTICLES = 512
@@ -159,8 +158,11 @@ def _build_model(
                 features: nn.Module = MlpFeatures(box, width, depth)
                 rotation: nn.Module = nn.Linear(width, 6 * heads)
                 shift: nn.Module = nn.Linear(width, 2)
-            case _:
-                features = VggFeatures(box) if isinstance(config.encoder, VggEncoder) else ResNet18Features(box)
+            case VggEncoder():
+                features = VggFeatures(box)
+                rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
+            case Resnet18Encoder():
+                features = ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
         decoder = _build_decoder(config, disc)
     shift_limit_px = config.encoder.shift_range_sigma * config.data.shift_sigma_fraction * box

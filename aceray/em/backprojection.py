@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from aceray.em.fourier import HalfDisc, frequency_index
+from aceray.em.fourier import HalfDisc
 from aceray.em.projection import interpolation_correction, padded_box, sample_transform
 
 
@@ -51,13 +51,6 @@ class BackProjection:
         start = padded // 2 - box // 2
         volume = volume[(slice(start, start + box),) * 3]
         return volume * interpolation_correction(padded, volume)
-
-
-def soft_sphere(box: int, device: torch.device | str | None = None) -> Float[Tensor, "d d d"]:
-    """Mask of the ball that every view shows: 1 inside, falling to 0 over the last two pixels before radius d/2."""
-    axis = frequency_index(box, device).float().square()
-    radius = (axis[:, None, None] + axis[:, None] + axis).sqrt()
-    return ((box / 2 - radius) / 2).clamp(0, 1)
 
 
 def _spread(coefficients: Tensor, points: Tensor, like: Tensor, box: int) -> Tensor:

@@ -25,6 +25,13 @@ def interpolation_correction(padded: int, volume: Float[Tensor, "d d d"]) -> Flo
     return axis[:, None, None] * axis[:, None] * axis
 
 
+def soft_sphere(box: int, radius_px: float, device: torch.device | str | None = None) -> Float[Tensor, "d d d"]:
+    """Mask of the ball that every view can show: 1 inside, a linear ramp to 0 over the last 2 px before the radius."""
+    axis = frequency_index(box, device).float().square()
+    radius = (axis[:, None, None] + axis[:, None] + axis).sqrt()
+    return ((radius_px - radius) / 2).clamp(0, 1)
+
+
 def padded_transform(volume: Float[Tensor, "d d d"], pad: int = 2) -> Float[Tensor, "2 m m h"]:
     """Zero-padded, interpolation-corrected transform of a volume, laid out for sampling; differentiable.
 

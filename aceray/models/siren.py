@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aceray.em.fourier import HalfDisc, frequency_index
-from aceray.models.voxel import soft_sphere
+from aceray.em.projection import soft_sphere
 
 # points evaluated at a time: 128 MiB for each layer's activations at a width of 256
 _CHUNK_POINTS = 2**17

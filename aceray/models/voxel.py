@@ -4,18 +4,11 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from aceray.em.fourier import HalfDisc, frequency_index
-from aceray.em.projection import central_slice, padded_transform, project_real
+from aceray.em.fourier import HalfDisc
+from aceray.em.projection import central_slice, padded_transform, project_real, soft_sphere
 
 # voxels whose rotated grids are held at a time, 12 bytes each
 _GRID_VOXELS = 2**22
-
-
-def soft_sphere(box: int, radius_px: float) -> Float[Tensor, "d d d"]:
-    """One inside, zero from the radius on, the last 2 px a linear ramp."""
-    axis = frequency_index(box).float().square()
-    radius = (axis[:, None, None] + axis[:, None] + axis).sqrt()
-    return ((radius_px - radius) / 2).clamp(0, 1)
 
 
 class VoxelDecoder(nn.Module):

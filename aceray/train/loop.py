@@ -14,7 +14,7 @@ from aceray.train.lanes import Loss, Sampler
 from aceray.train.objective import Objective
 from aceray.train.predict import Poses, calibrate_normalisation, predict
 from aceray.train.schedule import LabelFilters, LearningRate, ShiftWeight, TaskWeights
-from aceray.train.workers import broadcast_from_first
+from aceray.train.statistics import broadcast_from_first
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from aceray.em.filters import transfer_on_disc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.models.autoencoder import AutoEncoder
 from aceray.models.encoder import Hypotheses
-from aceray.train.workers import sum_over_workers
+from aceray.train.statistics import sum_over_workers
 
 # share of the pose loss that every head gets, so that heads which never win do not die
 LOSER_WEIGHT = 0.1

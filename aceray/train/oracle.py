@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aceray.data.particles import Truth
-from aceray.em.backprojection import BackProjection, soft_sphere
+from aceray.em.backprojection import BackProjection
 from aceray.em.formation import shift_phase
 from aceray.em.fourier import HalfDisc, crop_volume
+from aceray.em.projection import soft_sphere
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.metrics.coverage import rotation_grid
@@ -201,4 +202,6 @@ def _map_of_true_poses(state: TrueState) -> Float[Tensor, "d d d"]:
         projection.insert(centred, state.rotation[index], images.transfer)
     ratio = max(state.noise_variance / max(state.signal_variance, 1e-30), _SMALLEST_INVERSE_SSNR)
     device = state.disc.radius.device
-    return projection.volume(torch.tensor([ratio], device=device)) * soft_sphere(state.disc.box, device)
+    return projection.volume(torch.tensor([ratio], device=device)) * soft_sphere(
+        state.disc.box, state.disc.box / 2, device
+    )

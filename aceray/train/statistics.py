@@ -1,19 +1,40 @@
-"""What training needs to know of its images, estimated from the images alone: signal level and spectrum."""
+"""What all workers must agree on: sums and broadcasts, and the images' signal level and spectrum.
+
+Both are estimated from the images alone.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 
 from aceray.em.fourier import HalfDisc
 from aceray.train.predict import Particles
-from aceray.train.workers import sum_over_workers
 
 _CHUNK = 1024
 # a noise-free set still has interpolation error; deconvolution must not divide by less than this share of the signal
 _SMALLEST_NOISE_TO_SIGNAL = 0.02
 _LARGEST_NOISE_TO_SIGNAL = 1e6
+
+
+def _alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
+def sum_over_workers(values: Tensor) -> Tensor:
+    """Sum of a tensor over all workers."""
+    if not _alone():
+        distributed.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def broadcast_from_first(tensors: list[Tensor]) -> None:
+    """Give all workers the first one's values, in place."""
+    if not _alone():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
 
 
 @dataclass(frozen=True)
