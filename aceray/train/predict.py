@@ -29,7 +29,7 @@ class Particles:
     def take(self, index: Tensor) -> "Particles":
         """A selection of the particles."""
         ctf = None if self.ctf is None else self.ctf.take(index)
-        return Particles(self.coefficients[index], ctf, self.particle_id[index], self.pixel_size_angstrom)
+        return Particles(self.coefficients[index], ctf, self.particle_id[index.cpu()], self.pixel_size_angstrom)
 
     def transfer(self, index: Tensor, disc: HalfDisc) -> Float[Tensor, "b p"] | None:
         """Contrast transfer of a selection on the disc, or None for images without."""
