@@ -69,7 +69,10 @@ def write_results(
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)
     paths = folder.paths
-    tracker.keep([path for name, path in paths.items() if name != "checkpoints"], _note(config, particles, metrics))
+    tracker.keep(
+        [path for name, path in paths.items() if name != "checkpoints"],
+        _note(config, particles, len(poses.particle_id), metrics),
+    )
     return RunResult(metrics, folder.path, paths, tracker.run_id)
 
 
@@ -155,13 +158,13 @@ def _write_curve(folder: RunFolder, curve: FscCurve) -> None:
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-def _note(config: Config, particles: ParticleSet, metrics: dict[str, float]) -> str:
+def _note(config: Config, particles: ParticleSet, count: int, metrics: dict[str, float]) -> str:
     """What MLflow shows on the run's page, in Markdown."""
     manifest = particles.manifest
     shown = [(name, value) for name, value in metrics.items() if not name.startswith("train/loss")]
     rows = "".join(f"| {name} | {value:.{DIGITS_OF_A_NOTE}g} |\n" for name, value in shown)
     return (
-        f"ACE-EM, {config.encoder.kind} encoder, {config.decoder.kind} decoder: {manifest.particles} particles of "
+        f"ACE-EM, {config.encoder.kind} encoder, {config.decoder.kind} decoder: {count} particles of "
         f"{manifest.box} px ({manifest.pixel_size_angstrom:g} A/px), {config.train.steps} steps of "
         f"{config.train.batch} particles.\n\n| metric | value |\n| --- | --- |\n{rows}\n"
         "Artifacts: figures/slices.png, figures/fsc.png, figures/view_directions.png, figures/rotation_errors.png, "

@@ -41,7 +41,7 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
         ClusterError: Ray cannot give the workers, or lost one too often.
         NonFiniteLoss: a loss is not a number.
     """
-    particles = open_particles(config.data.path)
+    particles = open_particles(config.data.path, config.data.half_set)
     workers, lanes = max(1, config.resources.workers), lane_count(config)
     groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
     folder = create_run_folder(config, existing)
@@ -96,7 +96,7 @@ def _evaluate(
     steps = folder.checkpoint_steps()
     if not steps:
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
-    particles = open_particles(config.data.path)
+    particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     groups, box = particles.row_groups(), config.data.box or particles.manifest.box
     with _ended_by_sigterm(), _threads(config):
