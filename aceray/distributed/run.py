@@ -17,12 +17,13 @@ from aceray.build import lane_count, row_groups_of_lanes
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
-from aceray.distributed.results import oracle_metrics, write_results
+from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
 from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
 from aceray.tracking import Tracker, software_tags, start_tracking
+from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress
 
@@ -85,6 +86,33 @@ def evaluate_run_with_oracle(
         on_progress,
         lambda particles, stack, device: oracle_metrics(particles, stack, device, on_search),
     )
+
+
+def compare_half_runs(path: str | Path, other_path: str | Path, mask: MaskKind = "none") -> RunResult:
+    """FSC between the volumes of two runs, one on each half set of one data set; written to the first run alone.
+
+    Raises:
+        DataError: a folder holds no finished run, or the runs share particles, or differ in data set or box.
+    """
+    folder, other = open_run_folder(path), open_run_folder(other_path)
+    config = load_config(str(folder.config))
+    halves = [each.data.half_set for each in (config, load_config(str(other.config)))]
+    if set(halves) != {1, 2}:
+        had = ["all particles" if half is None else f"half set {half}" for half in halves]
+        raise DataError(
+            f"{other.path}: trained on {had[1]}, {folder.path} on {had[0]}; half maps share no particle: train one run "
+            "with data.half_set=1 and one with data.half_set=2"
+        )
+    digests = [each.read_notes().get("dataset_sha256") for each in (folder, other)]
+    if digests[0] != digests[1]:
+        raise DataError(
+            f"{other.path}: trained on other particles than {folder.path} (data sets {str(digests[1])[:12]} and "
+            f"{str(digests[0])[:12]}); half maps are of one data set"
+        )
+    tags = {"aceray.dataset_sha256": str(digests[0]), **software_tags()}
+    with start_tracking(config, folder, tags) as tracker:
+        tracker.status_at_end = tracker.status_before
+        return write_half_maps(folder, other, mask, tracker)
 
 
 def _evaluate(

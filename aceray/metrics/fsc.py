@@ -25,6 +25,8 @@ SPHERE_RADIUS_FRACTION = 0.4
 SPHERE_EDGE_FRACTION = 0.1
 DILATION_ANGSTROM = 25.0
 EDGE_ANGSTROM = 15.0
+# below so many pixels a mask cuts so sharply that the map's own low frequencies fill every shell
+_SMALLEST_MARGIN_PX = 4.0
 _LOW_PASS_ANGSTROM = 20.0
 _LOW_PASS_PX = 4.0
 _MASK_QUANTILE = 0.9999
@@ -173,8 +175,8 @@ def auto_mask(
 ) -> Float[Tensor, "d d d"]:
     """Where the molecule is: the mean of both maps, low-passed, above half its 99.99 percentile; dilated, soft edge.
 
-    The Gaussian low-pass has half its amplitude at 20 A or 4 px, whichever is coarser. The maps share a frame; protein
-    is bright.
+    The Gaussian low-pass has half its amplitude at 20 A or 4 px, whichever is coarser; dilation and edge are at least
+    4 px each. The maps share a frame; protein is bright.
     """
     box = first.shape[-1]
     ball = half_ball(box, first.device)
@@ -183,7 +185,8 @@ def auto_mask(
     mean = ball.scatter(ball.gather((first + second).float() / 2) * low_pass)
     rank = max(1, math.ceil(_MASK_QUANTILE * mean.numel()))
     inside = mean > 0.5 * mean.flatten().kthvalue(rank).values
-    dilation, edge = dilation_angstrom / pixel_size_angstrom, edge_angstrom / pixel_size_angstrom
+    dilation = max(dilation_angstrom / pixel_size_angstrom, _SMALLEST_MARGIN_PX)
+    edge = max(edge_angstrom / pixel_size_angstrom, _SMALLEST_MARGIN_PX)
     return _cosine_edge(_distance(inside, math.ceil(dilation + edge)) - dilation, edge)
 
 

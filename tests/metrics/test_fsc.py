@@ -161,15 +161,17 @@ def test_the_automatic_mask_is_the_molecule_dilated_by_its_angstroms() -> None:
     box, centre = 48, (20, 24, 28)
     volume = ball_of_density(box, 7.0, centre)
     noisy = [volume + 0.1 * noise(box, seed) for seed in (20, 21)]
-    # 25 A and 15 A are 5 and 3 px
-    mask = auto_mask(*noisy, 5.0)
+    # 25 A are 5 px
+    mask = auto_mask(*noisy, 5.0, 25.0, 25.0)
     line = mask[20, 24]
     half = int((line > 0.5).nonzero().max()) - centre[2]
-    # the last voxel above the threshold is the ball's sixth; half of the edge is 1.5 px further out
-    assert half == 6 + 5 + 1
+    # the last voxel above the threshold is the ball's sixth; half of the edge is 2.5 px further out
+    assert half == 6 + 5 + 2
     assert line[28 : 28 + 11].min() == 1 and line[46:].max() == 0
-    # only distances count: a finer pixel size in angstrom gives a wider mask in pixels
-    assert auto_mask(*noisy, 10.0).sum() < 0.6 * mask.sum()
+    # larger pixels, fewer of them, but never below 4
+    coarse = auto_mask(*noisy, 10.0, 25.0, 25.0)
+    assert coarse.sum() < 0.85 * mask.sum()
+    assert torch.equal(coarse, auto_mask(*noisy, 10.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("reach", [3, 40])
