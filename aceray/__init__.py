@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Any
 import aceray.train as _train_package
 
 if TYPE_CHECKING:
-    from aceray.api import OnProgress, evaluate, evaluate_with_oracle, load_config, score, simulate, train
+    from aceray.api import (
+        OnProgress,
+        evaluate,
+        evaluate_half_maps,
+        evaluate_with_oracle,
+        load_config,
+        score,
+        simulate,
+        train,
+    )
     from aceray.config import Config
     from aceray.folder import Existing, RunResult
 
-__all__ = ["evaluate", "evaluate_with_oracle", "load_config", "score", "simulate", "train"]
+__all__ = ["evaluate", "evaluate_half_maps", "evaluate_with_oracle", "load_config", "score", "simulate", "train"]
 
 
 class _TrainVerb(ModuleType):

@@ -11,7 +11,16 @@ from aceray.presets import load_config
 if TYPE_CHECKING:
     from aceray.folder import Existing, RunResult
 
-__all__ = ["OnProgress", "evaluate", "evaluate_with_oracle", "load_config", "score", "simulate", "train"]
+__all__ = [
+    "OnProgress",
+    "evaluate",
+    "evaluate_half_maps",
+    "evaluate_with_oracle",
+    "load_config",
+    "score",
+    "simulate",
+    "train",
+]
 
 OnProgress = Callable[[Any], None]
 
@@ -77,6 +86,21 @@ def evaluate_with_oracle(
     from aceray.distributed import run
 
     return run.evaluate_run_with_oracle(Path(run_folder), on_progress, on_search)
+
+
+def evaluate_half_maps(
+    run_folder: str | Path, other_run: str | Path, mask: Literal["none", "sphere", "auto"] = "none"
+) -> "RunResult":
+    """FSC at 0.143 between the volumes of two runs, on data.half_set 1 and 2 of a dataset, after alignment and hand.
+
+    The result is written to the first run's folder. A mask is corrected for by random phases.
+
+    Raises:
+        DataError: a run is not finished, or the runs share particles, or differ in dataset or box.
+    """
+    from aceray.distributed import run
+
+    return run.compare_half_runs(run_folder, other_run, mask)
 
 
 def score(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
-from aceray.errors import ConfigError
+from aceray.errors import ConfigError, DataError
 from aceray.models import siren, voxel
 from aceray.models.autoencoder import AutoEncoder, Decoder
 from aceray.models.encoder import (
@@ -134,7 +134,14 @@ def _lanes(config: Config, particles: ParticleSet, stack: ParticleStack, mine: I
         groups.append(before + torch.arange(shard.particles) // ROWS_PER_GROUP)
         before += shard.row_groups
     lane_of_row = torch.cat(groups)[stack.particle_id] % lane_count(config)
-    return [Lane(number, (lane_of_row == number).nonzero()[:, 0]) for number in mine]
+    found = [Lane(number, (lane_of_row == number).nonzero()[:, 0]) for number in mine]
+    for lane in found:
+        if not len(lane.rows):
+            raise DataError(
+                f"{particles.path}: lane {lane.number} has no particle of half set {particles.half_set}; use fewer "
+                "lanes (train.lanes) or workers"
+            )
+    return found
 
 
 def truth_score(particles: ParticleSet) -> Score | None:

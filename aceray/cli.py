@@ -97,15 +97,25 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="score files of another program on this dataset")] = None,
     poses: Annotated[str | None, typer.Option(help="its poses, a RELION STAR file")] = None,
     volume: Annotated[str | None, typer.Option(help="its volume, an MRC file")] = None,
+    half_map: Annotated[
+        str | None, typer.Option(metavar="OTHER_RUN", help="FSC with the volume of the run on the other half set")
+    ] = None,
+    mask: Annotated[
+        Literal["none", "sphere", "auto"], typer.Option(help="of --half-map, corrected by random phases")
+    ] = "none",
 ) -> None:
     """Evaluate the last checkpoint of a run and renew its results, or score the files of another program."""
     with _readable("to start again, repeat the command"):
-        if dataset and poses and volume and not run_folder and not oracle:
+        if dataset and poses and volume and not (run_folder or oracle or half_map):
             Console(highlight=False).print(_table(api.score(dataset, poses, volume)))
             return
         if not run_folder or dataset or poses or volume:
             raise ConfigError("evaluate: give either the folder of a run, or --dataset, --poses and --volume")
-        if oracle:
+        if (half_map and oracle) or (mask != "none" and not half_map):
+            raise ConfigError("evaluate: --mask goes with --half-map, and --half-map without --oracle")
+        if half_map:
+            result = api.evaluate_half_maps(run_folder, half_map, mask)
+        elif oracle:
             with _Display("oracle", "particles") as display:
                 result = api.evaluate_with_oracle(run_folder, None, display.searched)
         else:
@@ -235,6 +245,13 @@ def _last_shells(metrics: Mapping[str, float], prefix: str) -> str:
 ROWS = [
     ("resolution, FSC 0.5", "fsc/resolution_px_0.5", "{:.2f} px", "fsc/resolution_angstrom_0.5", "{:.1f} A"),
     ("resolution, FSC 0.143", "fsc/resolution_px_0.143", "{:.2f} px", "fsc/resolution_angstrom_0.143", "{:.1f} A"),
+    (
+        "resolution, half maps at 0.143",
+        "fsc/half_map_resolution_px_0.143",
+        "{:.2f} px",
+        "fsc/half_map_resolution_angstrom_0.143",
+        "{:.1f} A",
+    ),
     ("rotation error, mean (of 8)", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
     (
         "rotation error, median (of 8)",

@@ -72,6 +72,9 @@ class Data(Model):
 
     path: str = Field("data/particles", min_length=1, description="folder of the dataset")
     box: BoxSize | None = Field(None, description="train on Fourier crops of this size, pixels; null: the stored size")
+    half_set: Literal[1, 2] | None = Field(
+        None, description="train on this half of the particles alone, for half maps; null: on all"
+    )
     shift_sigma_fraction: float = Field(
         0.0, ge=0, le=0.25, description="prior spread of the shifts along x and y, fraction of the box; 0: no shifts"
     )

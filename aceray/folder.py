@@ -80,6 +80,7 @@ class RunFolder:
         self.poses = path / "poses.parquet"
         self.poses_star = path / "poses.star"
         self.fsc = path / "fsc.csv"
+        self.half_map_fsc = path / "half_map_fsc.csv"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
         self.notes = path / "run.json"
@@ -88,8 +89,8 @@ class RunFolder:
     @property
     def paths(self) -> dict[str, Path]:
         """The files of the run that exist, by name."""
-        names = ("config", "metrics", "history", "volume", "poses", "poses_star", "fsc", "figures", "checkpoints")
-        return {name: path for name in names if (path := getattr(self, name)).exists()}
+        names = ("config", "metrics", "history", "volume", "poses", "poses_star", "fsc", "half_map_fsc", "figures")
+        return {name: path for name in (*names, "checkpoints") if (path := getattr(self, name)).exists()}
 
     def checkpoint_file(self, step: int) -> Path:
         """File of the checkpoint after `step` steps."""

@@ -10,7 +10,7 @@ from aceray.build import build_trainer, lane_count, row_groups_of_lanes, truth_s
 from aceray.config import Config
 from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
-from aceray.errors import ConfigError
+from aceray.errors import ConfigError, DataError
 from aceray.models.siren import SirenDecoder
 from aceray.models.voxel import RotatedVoxelDecoder, VoxelDecoder
 from aceray.presets import load_config
@@ -209,6 +209,17 @@ def test_lanes_that_cannot_be_shared_out_are_refused(particles: ParticleSet) -> 
         lane_count(load_config("train.lanes=3"))
     with pytest.raises(ConfigError, match=r"train\.lanes: 5 lanes, but .* has only 4 row groups"):
         row_groups_of_lanes(particles, {0}, 5)
+
+
+def test_lanes_divide_a_half_set_and_none_may_be_empty(particles: ParticleSet) -> None:
+    config, half = load_config(*SMALL, "train.lanes=2"), open_particles(particles.path, 2)
+    source = trainer(config, half)
+    ids = [set(source.sampler.particles.particle_id[lane.rows].tolist()) for lane in source.sampler.lanes]
+    assert ids[0] == {*range(1, 256, 2), *range(513, 768, 2)}
+    assert ids[1] == {*range(257, 512, 2), *range(769, 1024, 2)}
+    some = read_here(half, half.row_groups()[:1], BOX)
+    with pytest.raises(DataError, match="lane 1 has no particle of half set 2"):
+        build_trainer(config, half, some)
 
 
 def test_weights_depend_on_the_seed_of_the_run_and_leave_the_global_stream_alone(particles: ParticleSet) -> None:

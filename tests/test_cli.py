@@ -144,6 +144,31 @@ def test_evaluate_scores_the_files_of_another_program(monkeypatch: pytest.Monkey
     assert "0.4321" in done.stdout and "oracle" not in done.stdout
 
 
+def test_evaluate_compares_half_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, seen = Result(tmp_path), []
+    result.mlflow_run_id = None
+    half = {"fsc/half_map_resolution_px_0.143": 3.21, "fsc/half_map_resolution_angstrom_0.143": 54.57}
+    result.metrics = {**METRICS, **half}
+
+    def evaluate(*arguments: str) -> Result:
+        seen.extend(arguments)
+        return result
+
+    monkeypatch.setattr(api, "evaluate_half_maps", evaluate)
+    done = call("evaluate", "runs/x", "--half-map", "runs/y", "--mask", "auto")
+    assert done.exit_code == 0, done.output
+    assert seen == ["runs/x", "runs/y", "auto"]
+    row = next(line for line in done.stdout.splitlines() if "half maps at 0.143" in line)
+    assert row.split()[-4:] == ["3.21", "px", "54.6", "A"]
+
+
+@pytest.mark.parametrize("arguments", [("--mask", "auto"), ("--half-map", "runs/y", "--oracle")])
+def test_half_maps_stand_alone(arguments: tuple[str, ...]) -> None:
+    done = call("evaluate", "runs/x", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: evaluate: --mask goes with --half-map")
+
+
 @pytest.mark.parametrize(
     "arguments", [(), ("--dataset", "d", "--poses", "p"), ("runs/x", "--poses", "p"), ("--oracle",)]
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
@@ -106,10 +107,14 @@ class Truth:
 
 @dataclass(frozen=True)
 class ParticleSet:
-    """A dataset on disk. Open one with `open_particles`."""
+    """A dataset on disk, or one of its half sets: then the other half is never read. Open with `open_particles`.
+
+    The manifest and the row groups are those of the whole set.
+    """
 
     path: Path
     manifest: Manifest
+    half_set: int | None = None
 
     def row_groups(self) -> list[RowGroup]:
         """All row groups in the order of their particles."""
@@ -117,14 +122,17 @@ class ParticleSet:
         return [RowGroup(index, group) for index, shard in shards for group in range(shard.row_groups)]
 
     def read(self, groups: Sequence[RowGroup], columns: Sequence[str] = OBSERVED_COLUMNS) -> pa.Table:
-        """Rows of the row groups, in the order given; page checksums are verified.
+        """Rows of the row groups (those of the half set, if this is one), in their order; page checksums are verified.
 
         The columns default to what a method may see; TRUTH_COLUMNS are read only when named.
         Raises DataError naming the file when a shard is missing, damaged or not of this dataset.
         """
         tables = []
         for shard, members in groupby(groups, key=lambda member: member.shard):
-            tables.append(self._read_shard(shard, [member.group for member in members], list(columns)))
+            table = self._read_shard(shard, [member.group for member in members], list({*columns, "half_set"}))
+            if self.half_set is not None:
+                table = table.filter(pc.equal(table["half_set"], pa.scalar(self.half_set, pa.int8())))
+            tables.append(table.select(list(columns)))
         empty = particle_schema(self.manifest.layout).empty_table().select(list(columns))
         return pa.concat_tables([empty, *tables])
 
@@ -159,7 +167,7 @@ class ParticleSet:
                 raise DataError(f"{path}: column {field.name} is missing or not {field.type}; the file is not ours.")
 
     def read_truth(self) -> Truth | None:
-        """True poses of all particles, or None when any is unknown. For evaluation alone."""
+        """True poses of all particles (of this half set), or None when any is unknown. For evaluation alone."""
         table = self._truth_table()
         if table is None or any(table[name].null_count for name in TRUTH_COLUMNS):
             return None
@@ -202,8 +210,8 @@ class ParticleSet:
             )
 
 
-def open_particles(path: Path | str) -> ParticleSet:
-    """Open a dataset: its manifest is checked, and that every file is there with its size.
+def open_particles(path: Path | str, half_set: int | None = None) -> ParticleSet:
+    """Open a dataset or one of its half sets (1 or 2): its manifest is checked, and that every file has its size.
 
     Raises DataError when the folder is missing, foreign, of a newer version, or lacks a file.
     """
@@ -222,7 +230,7 @@ def open_particles(path: Path | str) -> ParticleSet:
             raise DataError(
                 f"{file}: has {size} bytes, the manifest says {stored.bytes}; restore it or make the dataset again."
             )
-    return ParticleSet(folder, manifest)
+    return ParticleSet(folder, manifest, half_set)
 
 
 def stack_from_table(table: pa.Table, manifest: Manifest, box: int) -> ParticleStack:
@@ -250,6 +258,8 @@ def stack_from_table(table: pa.Table, manifest: Manifest, box: int) -> ParticleS
 def _decode(column: pa.ChunkedArray, layout: ImageLayout) -> Float[Tensor, "n d d"]:
     parts = []
     for chunk in column.chunks:
+        if not len(chunk):
+            continue
         start, stop = chunk.offset * layout.image_bytes, (chunk.offset + len(chunk)) * layout.image_bytes
         pixels = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)[start:stop].view(
             f"<f{layout.image_bytes // layout.box**2}"

@@ -38,21 +38,21 @@ _OLD_ORIGINS = {"rlnOriginX": "origin_x_angstrom", "rlnOriginY": "origin_y_angst
 def write_poses_star(
     path: Path | str, rotation: Float[Tensor, "n 3 3"], shift_px: Float[Tensor, "n 2"], particles: ParticleSet
 ) -> None:
-    """Write poses of all particles of a set, in their order, with the set's CTFs and half sets.
+    """Write poses of all particles of a set or half set, in their order, with the set's CTFs and half sets.
 
     `shift_px` are pixels of the stored box; rlnOrigin is minus the shift, in angstrom. rlnImageName counts the images
     of a stack named after the set's folder, which RELION needs beside the file. Raises DataError when it cannot be
     written.
     """
     manifest = particles.manifest
-    if len(rotation) != manifest.particles:
-        raise ValueError(f"{len(rotation)} poses for {manifest.particles} particles")
-    names = ["half_set", *(CTF_UNITS if manifest.ctf else ())]
+    names = ["particle_id", "half_set", *(CTF_UNITS if manifest.ctf else ())]
     known = particles.read(particles.row_groups(), names).to_pandas()
+    if len(rotation) != len(known):
+        raise ValueError(f"{len(rotation)} poses for {len(known)} particles")
     rot, tilt, psi = relion_from_rotation(rotation.detach().cpu().double())
     origin = -shift_px.detach().cpu().double() * manifest.pixel_size_angstrom
     stack = f"{particles.path.name}.mrcs"
-    table = pd.DataFrame({"rlnImageName": [f"{index + 1:06d}@{stack}" for index in range(len(known))]})
+    table = pd.DataFrame({"rlnImageName": [f"{index + 1:06d}@{stack}" for index in known["particle_id"]]})
     for name, values in zip(_PARTICLE_COLUMNS, (rot, tilt, psi, origin[:, 0], origin[:, 1]), strict=False):
         table[name] = values.numpy()
     table["rlnRandomSubset"] = known["half_set"]

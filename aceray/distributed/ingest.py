@@ -13,6 +13,7 @@ import torch
 
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
 from aceray.em.ctf import CtfParameters
+from aceray.errors import DataError
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -48,16 +49,16 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     planned = ray.data.from_items(portions, override_num_blocks=len(portions))
     return planned.map_batches(
         read_portion,  # pyright: ignore[reportArgumentType]
-        fn_args=(particles.path, box),
+        fn_args=(particles.path, particles.half_set, box),
         batch_size=1,
         num_cpus=CPUS_A_TASK,
         compute=ray.data.TaskPoolStrategy(size=tasks_at_once),
     )
 
 
-def read_portion(portion: dict[str, Any], path: Path, box: int) -> dict[str, np.ndarray]:
+def read_portion(portion: dict[str, Any], path: Path, half_set: int | None, box: int) -> dict[str, np.ndarray]:
     """What one task does: the columns of some row groups, decoded and cropped."""
-    particles = open_particles(path)
+    particles = open_particles(path, half_set)
     groups = [RowGroup(int(shard), int(group)) for shard, group in portion["groups"][0]]
     return _columns(stack_from_table(particles.read(groups), particles.manifest, box))
 
@@ -69,8 +70,11 @@ def collect(iterator: "DataIterator") -> ParticleStack:
 
 
 def ordered(stacks: Iterable[ParticleStack]) -> ParticleStack:
-    """One stack in the order of the particles, however the parts arrived."""
-    stack = ParticleStack.concatenate(list(stacks))
+    """One stack in the order of the particles, however the parts arrived; DataError when they hold none."""
+    parts = [stack for stack in stacks if len(stack)]
+    if not parts:
+        raise DataError("data.half_set: no particle that was to be read is in that half set; set it to null")
+    stack = ParticleStack.concatenate(parts)
     order = torch.argsort(stack.particle_id)
     return stack if bool((order[1:] > order[:-1]).all()) else stack.take(order)
 

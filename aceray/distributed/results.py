@@ -1,6 +1,7 @@
 """From the workers' shares to what a run leaves: poses, volume, evaluation and figures, in its folder and in MLflow."""
 
 import csv
+import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ from aceray.errors import DataError
 from aceray.folder import RunFolder, RunResult, write_json
 from aceray.metrics.fsc import FscCurve
 from aceray.tracking import Tracker
-from aceray.train.evaluate import evaluate
-from aceray.train.figures import draw_figures
+from aceray.train.evaluate import HalfMaps, MaskKind, compare_half_maps, evaluate
+from aceray.train.figures import draw_figures, fsc_figure
 from aceray.train.oracle import OracleProgress, run_oracle
 from aceray.train.predict import Poses, particles_from_stack
 
@@ -57,7 +58,10 @@ def write_results(
     write_poses(folder, poses, manifest.pixel_size_angstrom)
     write_poses_star(folder.poses_star, poses.rotation, poses.shift_px, particles)
     if evaluation.volume is not None:
-        _write_curve(folder, evaluation.volume.fsc)
+        _write_table(folder.fsc, evaluation.volume.fsc.columns())
+    # another volume than the one that was compared
+    folder.half_map_fsc.unlink(missing_ok=True)
+    _half_map_figure(folder).unlink(missing_ok=True)
     history = folder.read_history()
     rows = [{key: float(value) for key, value in row.items() if value is not None} for row in history]
     folder.figures.mkdir(exist_ok=True)
@@ -69,7 +73,10 @@ def write_results(
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)
     paths = folder.paths
-    tracker.keep([path for name, path in paths.items() if name != "checkpoints"], _note(config, particles, metrics))
+    tracker.keep(
+        [path for name, path in paths.items() if name != "checkpoints"],
+        _note(config, particles, len(poses.particle_id), metrics),
+    )
     return RunResult(metrics, folder.path, paths, tracker.run_id)
 
 
@@ -111,6 +118,51 @@ def score_files(dataset: str | Path, poses: str | Path, volume: str | Path) -> d
     return evaluate(predicted, found, truth, true_volume, manifest.pixel_size_angstrom).metrics
 
 
+def write_half_maps(folder: RunFolder, other: RunFolder, mask: MaskKind, tracker: Tracker) -> RunResult:
+    """Compare a run's volume with that of the other half: half_map_fsc.csv, a figure and metrics of the first run.
+
+    Raises:
+        DataError: a volume is missing or damaged, or they differ in box or pixel size.
+    """
+    (first, size), (second, other_size) = (_finished_volume(each) for each in (folder, other))
+    if first.shape != second.shape or abs(size - other_size) > FIELD_TOLERANCE * size:
+        raise DataError(
+            f"{other.volume}: {second.shape[-1]} px of {other_size:.4g} A, {folder.volume}: {first.shape[-1]} px of "
+            f"{size:.4g} A; half maps need one box: train both with the same data.box"
+        )
+    compared = compare_half_maps(first, second, size, mask)
+    _write_table(folder.half_map_fsc, _half_map_columns(compared))
+    curves = {f"half maps, mask {mask}": compared.curve}
+    if mask != "none":
+        curves["half maps, no mask"] = FscCurve(compared.fsc.unmasked, compared.curve.box, size)
+    folder.figures.mkdir(exist_ok=True)
+    with written_atomically(_half_map_figure(folder)) as file:
+        fsc_figure(curves).savefig(file, format="png")
+    before = json.loads(folder.metrics.read_text()) if folder.metrics.exists() else {}
+    metrics = {name: value for name, value in before.items() if value is not None} | compared.metrics
+    write_json(folder.metrics, metrics)
+    tracker.summarise(int(metrics.get("train/steps", 0)), compared.metrics)
+    tracker.keep([folder.half_map_fsc, folder.figures, folder.metrics])
+    return RunResult(metrics, folder.path, folder.paths, tracker.run_id)
+
+
+def _finished_volume(folder: RunFolder) -> tuple[torch.Tensor, float]:
+    if not folder.volume.exists():
+        raise DataError(f"{folder.path}: the run has no volume yet; train it to its end first")
+    return read_volume(folder.volume)
+
+
+def _half_map_figure(folder: RunFolder) -> Path:
+    return folder.figures / "half_map_fsc.png"
+
+
+def _half_map_columns(compared: HalfMaps) -> dict[str, list[float]]:
+    """The curve that counts as `fsc`, and those it was made of."""
+    fsc = compared.fsc
+    parts = {"fsc_unmasked": fsc.unmasked, "fsc_masked": fsc.masked, "fsc_random_phases": fsc.randomised}
+    return compared.curve.columns() | {name: curve[1:].tolist() for name, curve in parts.items()}
+
+
 def join_poses(shares: list[Share]) -> Poses:
     """The poses of all workers, in the order of the particles."""
     names = ("particle_id", "rotation", "shift_px", "residual")
@@ -147,21 +199,20 @@ def _of_training(folder: RunFolder, rows: list[dict[str, float]]) -> dict[str, f
     return {**last, "train/steps": steps, "train/wall_seconds": folder.read_notes().get("wall_seconds", 0.0)}
 
 
-def _write_curve(folder: RunFolder, curve: FscCurve) -> None:
-    columns = curve.columns()
-    with written_atomically(folder.fsc) as file, open(file, "w", newline="", encoding="utf-8") as stream:
+def _write_table(path: Path, columns: dict[str, list[float]]) -> None:
+    with written_atomically(path) as file, open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-def _note(config: Config, particles: ParticleSet, metrics: dict[str, float]) -> str:
+def _note(config: Config, particles: ParticleSet, count: int, metrics: dict[str, float]) -> str:
     """What MLflow shows on the run's page, in Markdown."""
     manifest = particles.manifest
     shown = [(name, value) for name, value in metrics.items() if not name.startswith("train/loss")]
     rows = "".join(f"| {name} | {value:.{DIGITS_OF_A_NOTE}g} |\n" for name, value in shown)
     return (
-        f"ACE-EM, {config.encoder.kind} encoder, {config.decoder.kind} decoder: {manifest.particles} particles of "
+        f"ACE-EM, {config.encoder.kind} encoder, {config.decoder.kind} decoder: {count} particles of "
         f"{manifest.box} px ({manifest.pixel_size_angstrom:g} A/px), {config.train.steps} steps of "
         f"{config.train.batch} particles.\n\n| metric | value |\n| --- | --- |\n{rows}\n"
         "Artifacts: figures/slices.png, figures/fsc.png, figures/view_directions.png, figures/rotation_errors.png, "

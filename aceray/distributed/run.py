@@ -17,12 +17,13 @@ from aceray.build import lane_count, row_groups_of_lanes
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
-from aceray.distributed.results import oracle_metrics, write_results
+from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
 from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
 from aceray.tracking import Tracker, software_tags, start_tracking
+from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress
 
@@ -41,7 +42,7 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
         ClusterError: Ray cannot give the workers, or lost one too often.
         NonFiniteLoss: a loss is not a number.
     """
-    particles = open_particles(config.data.path)
+    particles = open_particles(config.data.path, config.data.half_set)
     workers, lanes = max(1, config.resources.workers), lane_count(config)
     groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
     folder = create_run_folder(config, existing)
@@ -87,6 +88,33 @@ def evaluate_run_with_oracle(
     )
 
 
+def compare_half_runs(path: str | Path, other_path: str | Path, mask: MaskKind = "none") -> RunResult:
+    """FSC between the volumes of two runs, one on each half set of one data set; written to the first run alone.
+
+    Raises:
+        DataError: a folder holds no finished run, or the runs share particles, or differ in data set or box.
+    """
+    folder, other = open_run_folder(path), open_run_folder(other_path)
+    config = load_config(str(folder.config))
+    halves = [each.data.half_set for each in (config, load_config(str(other.config)))]
+    if set(halves) != {1, 2}:
+        had = ["all particles" if half is None else f"half set {half}" for half in halves]
+        raise DataError(
+            f"{other.path}: trained on {had[1]}, {folder.path} on {had[0]}; half maps share no particle: train one run "
+            "with data.half_set=1 and one with data.half_set=2"
+        )
+    digests = [each.read_notes().get("dataset_sha256") for each in (folder, other)]
+    if digests[0] != digests[1]:
+        raise DataError(
+            f"{other.path}: trained on other particles than {folder.path} (data sets {str(digests[1])[:12]} and "
+            f"{str(digests[0])[:12]}); half maps are of one data set"
+        )
+    tags = {"aceray.dataset_sha256": str(digests[0]), **software_tags()}
+    with start_tracking(config, folder, tags) as tracker:
+        tracker.status_at_end = tracker.status_before
+        return write_half_maps(folder, other, mask, tracker)
+
+
 def _evaluate(
     folder: RunFolder,
     on_progress: OnProgress | None,
@@ -96,7 +124,7 @@ def _evaluate(
     steps = folder.checkpoint_steps()
     if not steps:
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
-    particles = open_particles(config.data.path)
+    particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     groups, box = particles.row_groups(), config.data.box or particles.manifest.box
     with _ended_by_sigterm(), _threads(config):

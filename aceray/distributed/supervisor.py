@@ -86,7 +86,7 @@ class Supervisor:
 
     def fit(self, task: Task, resources: WorkerResources) -> list[Share]:
         """Train, restarting lost workers from the newest checkpoint; the workers' results by rank."""
-        particles = open_particles(task.particles)
+        particles = open_particles(task.particles, task.config.data.half_set)
         # Each task's process loads torch; more of them than cores would wait for one another.
         tasks_at_once = max(1, int(ray.cluster_resources().get("CPU", 1)) // resources.workers)
         trainer = TorchTrainer(
@@ -218,7 +218,8 @@ def _work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
     particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
     stack = collect(particles)
-    progress = task.work(task.config, RunFolder(task.folder), open_particles(task.particles), stack, place)
+    opened = open_particles(task.particles, task.config.data.half_set)
+    progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
     share = _post(_averaged(progress, place), supervisor, place)
     ray.get(supervisor.deliver.remote(place.rank, share))
 

@@ -1,6 +1,7 @@
 """Predicted poses and volume against the truth: aligned over rotation, hand and origin, then measured."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +22,26 @@ from aceray.metrics.alignment import (
     search_alignments,
 )
 from aceray.metrics.coverage import coverage, view_entropy
-from aceray.metrics.fsc import FscCurve, fsc_area, half_ball, resolution_px, shell_correlation
+from aceray.metrics.fsc import (
+    FscCurve,
+    MaskedFsc,
+    auto_mask,
+    fsc_area,
+    half_ball,
+    masked_fsc,
+    resolution_px,
+    shell_correlation,
+    sphere_mask,
+)
 from aceray.metrics.pose import PoseErrors, best_of_references, pose_errors
 from aceray.train.predict import Poses
 
 THRESHOLDS = (0.5, 0.143)
 LAST_SHELLS = 5
+HALF_MAP_THRESHOLD = 0.143
+
+MaskKind = Literal["none", "sphere", "auto"]
+"""Where half maps are compared: everywhere, in a soft sphere, around the molecule."""
 
 
 @dataclass(frozen=True)
@@ -184,3 +199,47 @@ def _volume_metrics(curve: FscCurve) -> dict[str, float]:
         metrics[f"fsc/resolution_px_{threshold}"] = pixels
         metrics[f"fsc/resolution_angstrom_{threshold}"] = pixels * curve.pixel_size_angstrom
     return metrics
+
+
+@dataclass(frozen=True)
+class HalfMaps:
+    """Two half maps in the frame of the first, below Nyquist, and their FSC; `curve` is the corrected one."""
+
+    first: Float[Tensor, "d d d"]
+    second: Float[Tensor, "d d d"]
+    alignment: VolumeAlignment  # of the second to the first
+    fsc: MaskedFsc
+    curve: FscCurve
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """fsc/half_map_resolution_px_0.143 (pixels of the maps' box) and fsc/half_map_resolution_angstrom_0.143."""
+        pixels = resolution_px(self.curve.values, HALF_MAP_THRESHOLD, self.curve.box)
+        return {
+            f"fsc/half_map_resolution_px_{HALF_MAP_THRESHOLD}": pixels,
+            f"fsc/half_map_resolution_angstrom_{HALF_MAP_THRESHOLD}": pixels * self.curve.pixel_size_angstrom,
+        }
+
+
+@torch.no_grad()
+def compare_half_maps(
+    first: Float[Tensor, "d d d"], second: Float[Tensor, "d d d"], pixel_size_angstrom: float, mask: MaskKind = "none"
+) -> HalfMaps:
+    """FSC of two independent reconstructions of one box, each in its own frame and hand.
+
+    The second is aligned to the first by sampling its transform; nothing is resampled in real space.
+    """
+    box = first.shape[-1]
+    ball = half_ball(box, first.device)
+    alignment = align_volumes(second, first)
+    moved = ball.scatter(aligned_coefficients(padded_transform(second.float(), PAD), alignment, ball))
+    fixed = ball.scatter(ball.gather(first.float()))
+    match mask:
+        case "none":
+            weight = None
+        case "sphere":
+            weight = sphere_mask(box, device=first.device)
+        case "auto":
+            weight = auto_mask(fixed, moved, pixel_size_angstrom)
+    fsc = masked_fsc(fixed, moved, weight)
+    return HalfMaps(fixed, moved, alignment, fsc, FscCurve(fsc.corrected, box, pixel_size_angstrom))

@@ -47,12 +47,29 @@ def test_portions_hold_every_group_once(particle_set: ParticleSet, monkeypatch: 
     assert list(tasks(particle_set, groups, 16)) == [[group] for group in groups]
 
 
+def test_the_half_sets_share_no_particle_and_together_are_the_set(particle_set: ParticleSet) -> None:
+    groups = particle_set.row_groups()
+    halves = [read_here(open_particles(particle_set.path, half), groups, 12) for half in (1, 2)]
+    first, second = (set(half.particle_id.tolist()) for half in halves)
+    assert first == set(range(0, 1024, 2)) and second == set(range(1, 1024, 2))
+    assert_same(ordered(halves), read_here(particle_set, groups, 12))
+    columns = open_particles(particle_set.path, 2).read(groups[:1], ["particle_id"])
+    assert columns.column_names == ["particle_id"] and len(columns) == 128
+
+
+def test_a_half_set_without_particles_is_named(particle_set: ParticleSet) -> None:
+    with pytest.raises(DataError, match=r"^data\.half_set: no particle"):
+        read_here(open_particles(particle_set.path, 3), particle_set.row_groups(), 12)
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own defaults
 def test_ray_data_reads_the_same(particle_set: ParticleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "BYTES_A_TASK", 1)
     groups = particle_set.row_groups()[::-1]
     assert_same(collect(plan_reading(particle_set, groups, 12, 1).iterator()), read_here(particle_set, groups, 12))
+    half = open_particles(particle_set.path, 2)
+    assert_same(collect(plan_reading(half, groups, 12, 1).iterator()), read_here(half, groups, 12))
 
     shutil.copytree(particle_set.path, tmp_path / "copy")
     file = tmp_path / "copy" / particle_set.manifest.shards[1].file

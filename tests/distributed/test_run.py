@@ -325,3 +325,16 @@ def test_a_signal_ends_the_run_and_it_can_be_resumed(configure: Configure, tmp_p
 
         run_id = folder.read_notes()["mlflow_run_id"]
         assert MlflowClient(tracking_uri=database).get_run(run_id).info.status == "KILLED"
+
+
+def test_a_run_on_one_half_knows_no_other_particle(configure: Configure, tmp_path: Path) -> None:
+    particles = write_particles(tmp_path / "blobs", truth=True)
+    short = (f"data.path={particles.path}", "train.steps=2", "train.lanes=2", "data.half_set=2")
+    result = run(configure("name=half", *short))
+    odd = list(range(1, 1024, 2))
+    assert result.poses["particle_id"].tolist() == odd
+    star = starfile.read(result.paths["poses_star"])["particles"]
+    assert star["rlnImageName"].tolist() == [f"{number + 1:06d}@blobs.mrcs" for number in odd]
+    assert set(star["rlnRandomSubset"]) == {2}
+    assert "pose/rotation_sqfrob_mean" in result.metrics
+    assert evaluate_run(result.folder).metrics == result.metrics

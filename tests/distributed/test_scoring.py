@@ -1,6 +1,8 @@
 """Evaluation beside the oracle, and files of other programs in the same metrics."""
 
+import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.particles import ParticleSet, open_particles
 from aceray.distributed.results import score_files
-from aceray.distributed.run import evaluate_run, evaluate_run_with_oracle, run
+from aceray.distributed.run import compare_half_runs, evaluate_run, evaluate_run_with_oracle, run
 from aceray.errors import DataError
-from aceray.folder import RunResult
+from aceray.folder import RunFolder, RunResult
+from aceray.metrics.fsc import fourier_shell_correlation
 from aceray.presets import load_config
 from aceray.train import oracle
 from tests.distributed.conftest import QUICK
-from tests.distributed.particles import BOX, PIXEL_SIZE, write_particles
+from tests.distributed.particles import BOX, PIXEL_SIZE, blobs, write_particles
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,63 @@ def test_the_truth_scores_perfectly(finished: tuple[RunResult, ParticleSet], tmp
     assert metrics["pose/rotation_sqfrob_mean"] < 1e-6 and metrics["fsc/resolution_px_0.5"] == 2
     assert metrics["pose/shift_sq_px_raw_mean"] == pytest.approx(0.25, abs=1e-4)
     assert BOX * PIXEL_SIZE == 64
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two short runs, on the half sets of one data set."""
+    folder = tmp_path_factory.mktemp("halves")
+    particles = write_particles(folder / "blobs")
+    short = (f"data.path={particles.path}", f"runs={folder / 'runs'}", *QUICK, "train.steps=2")
+    first, second = (run(load_config(*short, f"name=half{half}", f"data.half_set={half}")).folder for half in (1, 2))
+    return first, second
+
+
+def test_half_maps_are_compared_in_the_folder_of_the_first_run(halves: tuple[Path, Path]) -> None:
+    first, second = halves
+    noise = torch.randn(2, BOX, BOX, BOX, generator=torch.Generator().manual_seed(5)) * 0.02
+    write_volume(first / "volume.mrc", blobs() + noise[0], PIXEL_SIZE)
+    # two axes exchanged: a turn of the other hand
+    write_volume(second / "volume.mrc", (blobs() + noise[1]).transpose(0, 2), PIXEL_SIZE)
+    untouched = sorted(second.rglob("*")), (second / "metrics.json").read_text()
+    before = json.loads((first / "metrics.json").read_text())
+    result = compare_half_runs(first, second, "sphere")
+    found = json.loads((first / "metrics.json").read_text())
+    assert found == result.metrics == before | result.metrics
+    new = set(result.metrics) - set(before)
+    assert new == {"fsc/half_map_resolution_px_0.143", "fsc/half_map_resolution_angstrom_0.143"}
+    assert 2 <= found["fsc/half_map_resolution_px_0.143"] < 4
+    with open(result.paths["half_map_fsc"], newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["shell"]) for row in rows] == list(range(1, BOX // 2 + 1))
+    assert {"fsc", "fsc_unmasked", "fsc_masked", "fsc_random_phases"} <= set(rows[0])
+    expected = fourier_shell_correlation(blobs() + noise[0], blobs() + noise[1])[1:5]
+    assert [float(row["fsc_unmasked"]) for row in rows[:4]] == pytest.approx(expected.tolist(), abs=0.03)
+    assert (first / "figures" / "half_map_fsc.png").stat().st_size > 1000
+    assert (sorted(second.rglob("*")), (second / "metrics.json").read_text()) == untouched
+    # another volume makes the comparison stale
+    again = evaluate_run(first)
+    assert "half_map_fsc" not in again.paths and not (first / "figures" / "half_map_fsc.png").exists()
+    assert new.isdisjoint(again.metrics)
+
+
+def test_half_maps_that_cannot_be_compared_are_refused(halves: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = halves
+    with pytest.raises(DataError, match=r"trained on half set 1, .* on half set 1; half maps share no particle"):
+        compare_half_runs(first, first)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(second, wrong)
+    settings = (wrong / "config.yaml").read_text()
+    (wrong / "config.yaml").write_text(settings.replace("half_set: 2", "half_set: null"))
+    with pytest.raises(DataError, match=r"wrong: trained on all particles, .* on half set 1"):
+        compare_half_runs(first, wrong)
+    (wrong / "config.yaml").write_text(settings)
+    write_volume(wrong / "volume.mrc", torch.randn(8, 8, 8), 2 * PIXEL_SIZE)
+    with pytest.raises(DataError, match=r"8 px of 8 A, .*: 16 px of 4 A; half maps need one box"):
+        compare_half_runs(first, wrong)
+    (wrong / "volume.mrc").unlink()
+    with pytest.raises(DataError, match="wrong: the run has no volume yet"):
+        compare_half_runs(first, wrong)
+    RunFolder(wrong).write_notes(dataset_sha256="0123")
+    with pytest.raises(DataError, match="trained on other particles than"):
+        compare_half_runs(first, wrong)

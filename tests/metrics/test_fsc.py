@@ -5,12 +5,15 @@ from torch.testing import assert_close
 
 from aceray.metrics.fsc import (
     FscCurve,
+    auto_mask,
     fourier_shell_correlation,
     fsc_area,
     half_ball,
+    masked_fsc,
     resolution_angstrom,
     resolution_px,
     shell_sum,
+    sphere_mask,
 )
 from tests.references.fsc import fsc_loop, resolution_scan
 
@@ -133,3 +136,91 @@ def test_the_table_of_a_curve() -> None:
     assert table["frequency_per_px"] == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
     assert table["frequency_per_angstrom"] == pytest.approx([1 / 24, 2 / 24, 3 / 24, 4 / 24])
     assert table["fsc"] == pytest.approx([0.9, 0.8, 0.7, 0.25])
+
+
+def test_the_sphere_is_one_within_its_radius_and_falls_as_a_cosine() -> None:
+    mask = sphere_mask(32, 0.25, 0.125)
+    line = mask[16, 16]
+    assert_close(line[8:25], torch.ones(17))
+    expected = [0.5 + 0.5 * np.cos(np.pi * step / 4) for step in (1, 2, 3, 4)]
+    assert line[25:29].tolist() == pytest.approx(expected, abs=1e-6)
+    assert line[4:8].tolist() == pytest.approx(expected[::-1], abs=1e-6)
+    # in space, not along the axes alone: (5, 5, 5) is 8.66 from the centre
+    assert float(mask[21, 21, 11]) == pytest.approx(0.5 + 0.5 * np.cos(np.pi * (75**0.5 - 8) / 4), abs=1e-6)
+    assert mask[:, :, 28].max() == 0
+
+
+def ball_of_density(box: int, radius: float, centre: tuple[int, int, int]) -> torch.Tensor:
+    axis = torch.arange(box).float()
+    z, y, x = (axis - place for place in centre)
+    distance = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2).sqrt()
+    return torch.sigmoid(2 * (radius - distance))
+
+
+def test_the_automatic_mask_is_the_molecule_dilated_by_its_angstroms() -> None:
+    box, centre = 48, (20, 24, 28)
+    volume = ball_of_density(box, 7.0, centre)
+    noisy = [volume + 0.1 * noise(box, seed) for seed in (20, 21)]
+    # 25 A are 5 px
+    mask = auto_mask(*noisy, 5.0, 25.0, 25.0)
+    line = mask[20, 24]
+    half = int((line > 0.5).nonzero().max()) - centre[2]
+    # the last voxel above the threshold is the ball's sixth; half of the edge is 2.5 px further out
+    assert half == 6 + 5 + 2
+    assert line[28 : 28 + 11].min() == 1 and line[46:].max() == 0
+    # larger pixels, fewer of them, but never below 4
+    coarse = auto_mask(*noisy, 10.0, 25.0, 25.0)
+    assert coarse.sum() < 0.85 * mask.sum()
+    assert torch.equal(coarse, auto_mask(*noisy, 10.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("reach", [3, 40])
+def test_distances_equal_a_search(reach: int) -> None:
+    from aceray.metrics.fsc import _distance
+
+    inside = torch.rand(7, 7, 7, generator=torch.Generator().manual_seed(22)) > 0.97
+    places = torch.stack(torch.meshgrid(*[torch.arange(7.0)] * 3, indexing="ij"), -1)
+    expected = torch.cdist(places.reshape(-1, 3), places[inside]).amin(1).reshape(7, 7, 7)
+    found = _distance(inside, reach)
+    near = expected <= reach
+    assert near.any() and bool(inside.any())
+    assert_close(found[near], expected[near], atol=1e-5, rtol=0)
+    assert bool((found[~near] > reach).all())
+
+
+def test_a_mask_of_ones_changes_nothing() -> None:
+    first = noise(24, 23)
+    ball = half_ball(24)
+    # signal falls off towards Nyquist, noise does not
+    signal = ball.scatter(ball.gather(first) * (6 * torch.exp(-ball.shell / 3.0)))
+    maps = signal + noise(24, 24), signal + noise(24, 25)
+    plain, ones = masked_fsc(*maps, None), masked_fsc(*maps, torch.ones(24, 24, 24))
+    assert_close(plain.corrected, fourier_shell_correlation(*maps), atol=1e-5, rtol=0)
+    assert_close(ones.masked, plain.unmasked, atol=1e-5, rtol=0)
+    # what random phases correlate by chance: means of four draws over a shell's independent coefficients
+    independent = shell_sum(torch.ones(len(ball.shell)), ball) / 2
+    assert bool(((ones.corrected - plain.unmasked).abs()[1:] < 4 * (4 * independent[1:]).rsqrt()).all())
+
+
+def test_independent_noise_under_a_mask_correlates_only_before_the_correction() -> None:
+    box, mask = 32, sphere_mask(32, 0.06, 0.06)
+    # each map's own noise, with the same mean: through the mask it leaks into every shell
+    curves = [masked_fsc(noise(box, 2 * n) + 2, noise(box, 2 * n + 1) + 2, mask) for n in range(50, 66)]
+    masked, corrected = (
+        torch.stack([getattr(curve, name) for curve in curves]).mean(0) for name in ("masked", "corrected")
+    )
+    assert masked[3:8].min() > 0.15
+    assert corrected[3:].abs().mean() < 0.1
+    assert corrected[3:8].abs().max() < 0.25 and corrected[3:8].mean() < 0.3 * masked[3:8].mean()
+
+
+@pytest.mark.parametrize("mask", [None, sphere_mask(16, 0.2, 0.1)])
+def test_identical_maps_correlate_whatever_the_mask(mask: torch.Tensor | None) -> None:
+    volume = noise(16, 26)
+    assert_close(masked_fsc(volume, volume, mask).corrected[1:], torch.ones(8), atol=1e-4, rtol=0)
+
+
+def test_random_phases_are_the_same_every_time_and_leave_the_global_stream_alone() -> None:
+    maps, state = (noise(16, 27), noise(16, 28)), torch.get_rng_state()
+    first, again = (masked_fsc(*maps, sphere_mask(16)) for _ in range(2))
+    assert torch.equal(first.corrected, again.corrected) and torch.equal(torch.get_rng_state(), state)

@@ -13,8 +13,9 @@ from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob, sqfrob_to_degrees
 from aceray.errors import DataError
 from aceray.metrics.alignment import flip_hand
+from aceray.metrics.fsc import fourier_shell_correlation, half_ball, resolution_px
 from aceray.metrics.pose import origin_displacement
-from aceray.train.evaluate import Evaluation, evaluate
+from aceray.train.evaluate import Evaluation, MaskKind, compare_half_maps, evaluate
 from aceray.train.predict import Poses
 from tests.references.projection import blob_volume
 
@@ -209,3 +210,55 @@ def test_an_empty_volume_has_no_resolution() -> None:
     metrics = evaluate(torch.zeros(BOX, BOX, BOX), poses, truth(), true_volume(), PIXEL_SIZE).metrics
     assert metrics["fsc/auc"] == 0
     assert metrics["fsc/resolution_px_0.5"] == 2 * BOX
+
+
+def band_limited(volume: torch.Tensor) -> torch.Tensor:
+    ball = half_ball(volume.shape[-1])
+    return ball.scatter(ball.gather(volume))
+
+
+def in_another_frame(volume: torch.Tensor) -> torch.Tensor:
+    """The other hand, two quarter turns and a displacement by a voxel: exact on the grid, without interpolation."""
+    axes = (0, 1, 2)
+    inverted = volume.flip(axes).roll((1, 1, 1), axes)
+    turned = inverted.transpose(0, 1).flip(0).roll(1, 0)  # about x
+    turned = turned.transpose(1, 2).flip(1).roll(1, 1)  # about z
+    return turned.roll(1, 2)
+
+
+def noisy_halves() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two half maps of blobs in one frame whose FSC falls below 0.143 before Nyquist."""
+    signal = volume(torch.eye(3))
+    # signal alone falls by orders of magnitude towards Nyquist, so a little noise takes over there
+    noise = torch.randn(2, *signal.shape, generator=generator_of("halves")) * (0.12 * signal.std())
+    return band_limited(signal + noise[0]), band_limited(signal + noise[1])
+
+
+def test_half_maps_of_other_frames_and_hands_correlate_as_aligned_ones() -> None:
+    first, second = noisy_halves()
+    expected = fourier_shell_correlation(first, second)
+    assert expected[1:].max() > 0.95 and expected[-1] < 0.5
+    compared = compare_half_maps(first, in_another_frame(second), 3.0)
+    assert compared.alignment.flipped
+    assert_close(compared.curve.values[1:], expected[1:], atol=0.06, rtol=0)
+    box = first.shape[-1]
+    pixels = compared.metrics["fsc/half_map_resolution_px_0.143"]
+    assert pixels == pytest.approx(resolution_px(expected, 0.143, box), abs=0.15)
+    assert compared.metrics["fsc/half_map_resolution_angstrom_0.143"] == pytest.approx(3 * pixels)
+
+
+@pytest.mark.parametrize("mask", ["sphere", "auto"])
+def test_masked_half_maps_are_compared_in_the_frame_of_the_first(mask: MaskKind) -> None:
+    first, second = noisy_halves()
+    aligned, turned = (compare_half_maps(first, other, 3.0, mask) for other in (second, in_another_frame(second)))
+    assert_close(turned.curve.values[1:], aligned.curve.values[1:], atol=0.1, rtol=0)
+    # what is cut away is noise
+    assert float(aligned.fsc.masked[1:].mean()) >= float(aligned.fsc.unmasked[1:].mean())
+
+
+def test_half_maps_in_any_frame_are_found() -> None:
+    turn = rotation_from_vector(torch.tensor([0.7, -1.1, 0.4]))
+    compared = compare_half_maps(volume(torch.eye(3)), volume(turn, -1, torch.tensor([0.6, -0.4, 0.3])), 3.0)
+    assert compared.alignment.flipped
+    assert float(rotation_sqfrob(compared.alignment.rotation, turn)) < 1e-3
+    assert float(compared.curve.values[1:].min()) > 0.97
