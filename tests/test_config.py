@@ -35,6 +35,14 @@ def test_the_siren_preset_states_every_setting_of_that_decoder() -> None:
     assert load_config("decoder/siren").decoder == SirenDecoder() == load_config("decoder.kind=siren").decoder
 
 
+def test_our_best_method_leaves_nothing_to_the_defaults() -> None:
+    written = yaml.safe_load((CONF / "method" / "ace_em.yaml").read_text(encoding="utf-8"))
+    defaults = yaml.safe_load((CONF / "base.yaml").read_text(encoding="utf-8"))
+    for section in ("encoder", "decoder", "ipi", "pip", "optim"):
+        assert set(written[section]) == set(defaults[section]), f"method/ace_em must state every setting of {section}"
+    assert set(written["train"]) == {"steps", "batch"}
+
+
 def test_every_setting_says_what_it_means() -> None:
     tags = {"encoder.kind", "decoder.kind"}  # the values name themselves
     assert [key for key, description in settings().items() if not description and key not in tags] == []
