@@ -12,7 +12,7 @@ import torch
 from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
-from aceray.data.relion import read_poses_star, write_poses_star
+from aceray.data.pose_files import read_poses_star, write_poses_star
 from aceray.data.storage import written_atomically
 from aceray.distributed.share import Share
 from aceray.em.fourier import HalfDisc

@@ -93,7 +93,7 @@ def test_without_a_truth_there_is_no_oracle(configure: Callable[..., Config]) ->
 
 
 def test_the_truth_scores_perfectly(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
-    from aceray.data.relion import write_poses_star
+    from aceray.data.pose_files import write_poses_star
 
     particles = open_particles(finished[1].path)
     truth, volume = particles.read_truth(), particles.read_truth_volume()

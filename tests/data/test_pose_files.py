@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from aceray.data.particles import CTF_UNITS
-from aceray.data.relion import read_star, write_poses_star
+from aceray.data.pose_files import read_star, write_poses_star
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_relion
 from aceray.errors import DataError
