@@ -1,5 +1,8 @@
-"""RELION 3.1 STAR files: an optics table and a particle table, joined by rlnOpticsGroup."""
+"""Poses in files of other programs: RELION's STAR (with CTFs; read and written), cryoSPARC's .cs, cryoDRGN's .pkl."""
 
+import io
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from aceray.data.manifest import Manifest
 from aceray.data.particles import CTF_UNITS, ParticleSet
 from aceray.data.storage import storage_error, written_atomically
-from aceray.em.rotation import relion_from_rotation, rotation_from_relion
+from aceray.em.rotation import relion_from_rotation, rotation_from_relion, rotation_from_vector
 from aceray.errors import DataError
 
 _PARTICLE_COLUMNS = {
@@ -33,6 +36,20 @@ _OPTICS_COLUMNS = {
     "rlnAmplitudeContrast": "amplitude_contrast",
 }
 _OLD_ORIGINS = {"rlnOriginX": "origin_x_angstrom", "rlnOriginY": "origin_y_angstrom"}
+
+_ROTATION_TOLERANCE = 1e-2
+_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
+_FROM_BUFFER: Any = np.empty(1).__reduce_ex__(5)[0]
+# All that a pickled array needs: NumPy's own functions under the names of its versions 1 and 2.
+_ALLOWED_IN_PICKLES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
+    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+}
 
 
 def write_poses_star(
@@ -94,6 +111,20 @@ def read_star(path: Path | str) -> dict[str, Float[Tensor, "n"]]:
     return _known_columns(path, _joined(Path(path)))
 
 
+def read_poses(
+    path: Path | str, manifest: Manifest
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
+    """Rotations, shifts in pixels of the stored box and particle numbers, ascending, by the ending of the file's name.
+
+    RELION's .star, cryoSPARC's .cs and cryoDRGN's .pkl. Raises DataError for another ending, or as the three readers.
+    """
+    readers = {".star": read_poses_star, ".cs": read_poses_cs, ".pkl": read_poses_pkl}
+    reader = readers.get(Path(path).suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: has no known ending; give .star (RELION), .cs (cryoSPARC) or .pkl (cryoDRGN).")
+    return reader(path, manifest)
+
+
 def read_poses_star(
     path: Path | str, manifest: Manifest
 ) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
@@ -116,21 +147,142 @@ def read_poses_star(
     return rotation[order], shift_px[order], number
 
 
+def read_poses_cs(
+    path: Path | str, manifest: Manifest
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
+    """As `read_poses_star`, of a cryoSPARC particle file: a NumPy record array.
+
+    Rotation: the transpose of the exponential map of alignments3D/pose (ab initio: alignments_class_0/pose). The shift
+    has the sign of RELION's origin, so the content's is minus that; it is in pixels of psize_A, or the data set's where
+    the file states none. Rows are particles by blob/idx (from 0), or by their order where the file has none or several
+    stacks. Raises DataError when the file is missing or of another kind, or its rows cannot be assigned.
+    """
+    table = _record_array(Path(path))
+    names = table.dtype.names or ()
+    if "alignments_class_1/pose" in names:
+        raise DataError(f"{path}: holds poses in several classes; give the particles of one class.")
+    group = "alignments3D" if "alignments3D/pose" in names else "alignments_class_0"
+    missing = [name for name in (f"{group}/pose", f"{group}/shift") if name not in names]
+    if missing:
+        raise DataError(f"{path}: lacks {missing[0].replace('_class_0', '3D')}; give a file with refined poses.")
+    vector = _finite(path, f"{group}/pose", table[f"{group}/pose"], (len(table), 3))
+    shift = _finite(path, f"{group}/shift", table[f"{group}/shift"], (len(table), 2))
+    sizes = [name for name in (f"{group}/psize_A", "blob/psize_A") if name in names]
+    if sizes:
+        shift = shift * _finite(path, sizes[0], table[sizes[0]], (len(table),))[:, None] / manifest.pixel_size_angstrom
+    stacks = len(np.unique(table["blob/path"])) if "blob/path" in names else 1
+    index = table["blob/idx"] if "blob/idx" in names and stacks == 1 else None
+    if index is None:
+        number = _numbers_by_order(path, len(table), "blob/idx", manifest.particles)
+    else:
+        index = _finite(path, "blob/idx", index, (len(table),)).long()
+        number = _checked_numbers(path, index, "blob/idx", manifest.particles)
+    number, order = number.sort()
+    rotation = rotation_from_vector(vector).mT
+    return rotation[order].float(), -shift[order].float(), number
+
+
+def _record_array(path: Path) -> np.ndarray:
+    try:
+        table = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise storage_error(path, error, "read") from error
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile):
+        table = None
+    if not isinstance(table, np.ndarray) or table.dtype.names is None or table.ndim != 1 or len(table) == 0:
+        raise DataError(f"{path}: is no cryoSPARC particle file, a NumPy record array; export it again.")
+    return table
+
+
+def read_poses_pkl(
+    path: Path | str, manifest: Manifest
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
+    """As `read_poses_star`, of cryoDRGN's poses: rotations n 3 3, or those and translations n 2, pickled.
+
+    Rotations are RELION's. cryoDRGN moves the image by +t, a fraction of the box, to centre it, so the content's shift
+    is minus that. Rows are the particles in their order. Nothing but arrays and tuples is unpickled. Raises DataError
+    when the file is missing, holds anything else, or not one pose for each particle.
+    """
+    parts = _unpickle_arrays(Path(path))
+    if isinstance(parts, np.ndarray):
+        parts = (parts,)
+    if not isinstance(parts, tuple | list) or len(parts) not in (1, 2):
+        raise DataError(f"{path}: holds no rotations and translations; give cryoDRGN's pose file.")
+    count = len(parts[0]) if isinstance(parts[0], np.ndarray) and parts[0].ndim == 3 else manifest.particles
+    number = _numbers_by_order(path, count, "particle numbers", manifest.particles)
+    rotation = _finite(path, "the rotations", parts[0], (count, 3, 3))
+    error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax()
+    if error > _ROTATION_TOLERANCE or rotation.det().amin() < 0:
+        raise DataError(f"{path}: holds matrices that are no rotations; give cryoDRGN's pose file.")
+    fraction = torch.zeros(count, 2, dtype=torch.float64)
+    if len(parts) == 2:
+        fraction = _finite(path, "the translations", parts[1], (count, 2))
+    if fraction.abs().amax() > 1:
+        raise DataError(
+            f"{path}: moves an image by {float(fraction.abs().amax()):g} boxes; translations must be fractions of it."
+        )
+    return rotation.float(), (-fraction * manifest.box).float(), number
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays, tuples, lists and numbers; refuses every other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED_IN_PICKLES:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        return _ALLOWED_IN_PICKLES[module, name]
+
+
+def _unpickle_arrays(path: Path) -> object:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise storage_error(path, error, "read") from error
+    try:
+        return _ArrayUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a broken or hostile pickle may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: is no pickle of NumPy arrays alone ({reason}); give cryoDRGN's pose file.") from error
+
+
+def _finite(path: Path | str, name: str, values: Any, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """An array of a file as float64. Raises DataError for another shape or a value that is not a finite number."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.full(shape, np.nan)
+    if array.shape != shape:
+        raise DataError(f"{path}: {name} has the shape {array.shape} instead of {shape}; give refined poses.")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path}: {name} holds a value that is not a finite number; correct the file.")
+    return torch.from_numpy(array)
+
+
 def _particle_numbers(path: Path | str, table: pd.DataFrame, particles: int) -> Int[Tensor, "n"]:
     names = table["rlnImageName"].astype(str) if "rlnImageName" in table else pd.Series(dtype=str)
     parts = names.str.extract(r"^(\d+)@(.+)$")
     if len(names) == 0 or parts[0].isna().any() or parts[1].nunique() > 1:
-        if len(table) != particles:
-            raise DataError(
-                f"{path}: has {len(table)} rows and no rlnImageName of one stack, the data set {particles} particles; "
-                "without such names all particles are needed, in their order."
-            )
-        return torch.arange(particles)
+        return _numbers_by_order(path, len(table), "rlnImageName", particles)
     number = torch.from_numpy(parts[0].astype("int64").to_numpy(copy=True)) - 1
+    return _checked_numbers(path, number, "rlnImageName", particles, first=1)
+
+
+def _numbers_by_order(path: Path | str, rows: int, field: str, particles: int) -> Int[Tensor, "n"]:
+    if rows != particles:
+        raise DataError(
+            f"{path}: has {rows} rows and no {field} of one stack, the data set {particles} particles; "
+            "without them all particles are needed, in their order."
+        )
+    return torch.arange(particles)
+
+
+def _checked_numbers(
+    path: Path | str, number: Int[Tensor, "n"], field: str, particles: int, first: int = 0
+) -> Int[Tensor, "n"]:
     if int(number.min()) < 0 or int(number.max()) >= particles or len(number.unique()) < len(number):
         raise DataError(
-            f"{path}: rlnImageName does not count particles 1 to {particles}, each once at most; give the poses of "
-            "this data set."
+            f"{path}: {field} does not count particles {first} to {particles - 1 + first}, each once at most; give the "
+            "poses of this data set."
         )
     return number
 
