@@ -2,9 +2,10 @@
 
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -38,18 +39,6 @@ _OPTICS_COLUMNS = {
 _OLD_ORIGINS = {"rlnOriginX": "origin_x_angstrom", "rlnOriginY": "origin_y_angstrom"}
 
 _ROTATION_TOLERANCE = 1e-2
-_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
-_FROM_BUFFER: Any = np.empty(1).__reduce_ex__(5)[0]
-# All that a pickled array needs: NumPy's own functions under the names of its versions 1 and 2.
-_ALLOWED_IN_PICKLES: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-}
 
 
 def write_poses_star(
@@ -204,11 +193,7 @@ def read_poses_pkl(
     when the file is missing, holds anything else, or not one pose for each particle.
     """
     parts = _unpickle_arrays(Path(path))
-    if isinstance(parts, np.ndarray):
-        parts = (parts,)
-    if not isinstance(parts, tuple | list) or len(parts) not in (1, 2):
-        raise DataError(f"{path}: holds no rotations and translations; give cryoDRGN's pose file.")
-    count = len(parts[0]) if isinstance(parts[0], np.ndarray) and parts[0].ndim == 3 else manifest.particles
+    count = len(parts[0]) if parts[0].ndim == 3 else manifest.particles
     number = _numbers_by_order(path, count, "particle numbers", manifest.particles)
     rotation = _finite(path, "the rotations", parts[0], (count, 3, 3))
     error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax()
@@ -224,25 +209,75 @@ def read_poses_pkl(
     return rotation.float(), (-fraction * manifest.box).float(), number
 
 
+class _NumberType:
+    """Stands in for a NumPy dtype in a pickle: a number and its byte order."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        if not re.fullmatch("[iuf][1248]", name):
+            raise pickle.UnpicklingError(f"holds an array of type {name}")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+
+class _StoredArray:
+    """Stands in for a NumPy array in a pickle, as NumPy's own restoring of a hostile one may touch foreign memory."""
+
+    def __init__(self, *_: object) -> None:
+        self.values = np.empty(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, content = state
+        self.values = self.from_buffer(content, kind, shape, "F" if fortran else "C").values
+
+    @classmethod
+    def from_buffer(
+        cls, content: object, kind: object, shape: tuple[int, ...], order: Literal["C", "F"], *_: object
+    ) -> "_StoredArray":
+        if not isinstance(content, bytes | bytearray) or not isinstance(kind, _NumberType):
+            raise pickle.UnpicklingError("holds an array of something else than numbers")
+        stored = cls()
+        stored.values = np.frombuffer(bytes(content), kind.order + kind.name).reshape(shape, order=order)
+        return stored
+
+
+# All that a pickled array asks for, under the names of NumPy 1 and 2.
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _StoredArray,
+    ("numpy", "dtype"): _NumberType,
+    ("numpy.core.multiarray", "_reconstruct"): _StoredArray,
+    ("numpy._core.multiarray", "_reconstruct"): _StoredArray,
+    ("numpy.core.numeric", "_frombuffer"): _StoredArray.from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _StoredArray.from_buffer,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays, tuples, lists and numbers; refuses every other class or function."""
+    """Reads arrays of numbers, tuples and lists; refuses every class or function it has no stand-in for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_IN_PICKLES:
+        if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        return _ALLOWED_IN_PICKLES[module, name]
+        return _STAND_INS[module, name]
 
 
-def _unpickle_arrays(path: Path) -> object:
+def _unpickle_arrays(path: Path) -> list[np.ndarray]:
+    """The array of a pickle, or those of its tuple. Raises DataError for anything else."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise storage_error(path, error, "read") from error
     try:
-        return _ArrayUnpickler(io.BytesIO(content)).load()
+        found = _ArrayUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a broken or hostile pickle may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise DataError(f"{path}: is no pickle of NumPy arrays alone ({reason}); give cryoDRGN's pose file.") from error
+    parts = found if isinstance(found, tuple | list) else [found]
+    if len(parts) not in (1, 2) or not all(isinstance(part, _StoredArray) for part in parts):
+        raise DataError(f"{path}: holds no rotations and translations; give cryoDRGN's pose file.")
+    return [part.values for part in parts]
 
 
 def _finite(path: Path | str, name: str, values: Any, shape: tuple[int, ...]) -> Float[Tensor, "..."]:

@@ -278,8 +278,37 @@ def test_nothing_in_a_pickle_is_executed(write_example, tmp_path):
     for content in (Harmful(folder), (rotation, Harmful(folder)), [rotation, {"t": Harmful(folder)}], hidden):
         for protocol in (0, 2, 5):
             (tmp_path / "pose.pkl").write_bytes(pickle.dumps(content, protocol))
-            refused(tmp_path / "pose.pkl", manifest, r"no pickle of NumPy arrays alone \(asks for \w+\.mkdir\)")
+            refused(tmp_path / "pose.pkl", manifest, r"\((asks for \w+\.mkdir|holds an array of type O8)\)")
     assert not folder.exists()
+
+
+class Forged:
+    """Asks to call NumPy with these arguments when it is unpickled."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_forged_arrays_touch_no_memory(write_example, tmp_path):
+    """Bytes taken for pointers to objects, and a type whose flags say so."""
+    manifest = write_example().manifest
+    reconstruct = np.empty(0).__reduce__()[0]
+    objects = np.dtype("O")
+    flagged = Forged(np.dtype, ("f8", False, True), (3, "<", None, None, None, 8, 8, 63))
+    forged = [
+        Forged(np.ndarray, ((5,), objects, b"A" * 40)),
+        Forged(reconstruct, (np.ndarray, (0,), b"b"), (1, (5,), objects, False, b"A" * 40)),
+        Forged(reconstruct, (np.ndarray, (0,), b"b"), (1, (5,), np.dtype("f8"), False, [1, 2, 3, 4, 5])),
+    ]
+    for content in forged:
+        (tmp_path / "pose.pkl").write_bytes(pickle.dumps(content))
+        refused(tmp_path / "pose.pkl", manifest, "is no pickle of NumPy arrays alone")
+    whole = Forged(reconstruct, (np.ndarray, (0,), b"b"), (1, (5,), flagged, False, b"A" * 40))
+    (tmp_path / "pose.pkl").write_bytes(pickle.dumps(whole))
+    refused(tmp_path / "pose.pkl", manifest, "the rotations has the shape")
 
 
 def test_cryodrgn_files_that_cannot_serve(write_example, tmp_path):
