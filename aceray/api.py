@@ -104,7 +104,9 @@ def evaluate_half_maps(
 
 
 def score(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[str, float]:
-    """Metrics of poses (a STAR file) and a volume (MRC) that any program made of a simulated dataset.
+    """Metrics of poses and a volume (MRC) that any program made of a simulated dataset.
+
+    Poses are those of RELION (.star), cryoSPARC (.cs) or cryoDRGN (.pkl; nothing but arrays is unpickled).
 
     Raises:
         DataError: a file is missing or not of this dataset, or the dataset's truth is not known.

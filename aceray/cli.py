@@ -95,7 +95,9 @@ def evaluate(
         bool, typer.Option("--oracle", help="show the best any method could do beside it (simulated sets)")
     ] = False,
     dataset: Annotated[str | None, typer.Option(help="score files of another program on this dataset")] = None,
-    poses: Annotated[str | None, typer.Option(help="its poses, a RELION STAR file")] = None,
+    poses: Annotated[
+        str | None, typer.Option(help="its poses: a .star, .cs or .pkl of RELION, cryoSPARC, cryoDRGN")
+    ] = None,
     volume: Annotated[str | None, typer.Option(help="its volume, an MRC file")] = None,
     half_map: Annotated[
         str | None, typer.Option(metavar="OTHER_RUN", help="FSC with the volume of the run on the other half set")

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 from aceray.config import Config, SirenDecoder
+from aceray.data.atoms import density, read_atoms
 from aceray.presets import flat, load_config, preset_names, settings
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -33,6 +35,14 @@ def test_the_siren_preset_states_every_setting_of_that_decoder() -> None:
     assert load_config("decoder/siren").decoder == SirenDecoder() == load_config("decoder.kind=siren").decoder
 
 
+def test_our_best_method_leaves_nothing_to_the_defaults() -> None:
+    written = yaml.safe_load((CONF / "method" / "ace_em.yaml").read_text(encoding="utf-8"))
+    defaults = yaml.safe_load((CONF / "base.yaml").read_text(encoding="utf-8"))
+    for section in ("encoder", "decoder", "ipi", "pip", "optim"):
+        assert set(written[section]) == set(defaults[section]), f"method/ace_em must state every setting of {section}"
+    assert set(written["train"]) == {"steps", "batch"}
+
+
 def test_every_setting_says_what_it_means() -> None:
     tags = {"encoder.kind", "decoder.kind"}  # the values name themselves
     assert [key for key, description in settings().items() if not description and key not in tags] == []
@@ -53,3 +63,37 @@ def test_the_demo_is_the_issue_set() -> None:
     assert simulation.shift_sigma_fraction == config.data.shift_sigma_fraction == 0.03
     assert simulation.ctf.defocus_min_angstrom == 8112 and simulation.ctf.defocus_max_angstrom == 38474
     assert (config.name, config.data.path, config.resources.workers) == ("demo", "data/demo", 1)
+
+
+MOLECULES = {"spliceosome": ("5NRL", 544), "spike": ("pdb:6VYB", 384)}
+DECIBELS = {"200db": 200, "clean": 200, "m10db": -10, "m20db": -20, "plain": 0, "": 0}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("data/")])
+def test_a_simulated_set_is_what_its_name_says(name: str) -> None:
+    config = load_config(name)
+    simulation = config.simulation
+    assert simulation is not None
+    molecule, box, *suffixes = name.removeprefix("data/").split("_")
+    model, field_angstrom = MOLECULES[molecule]
+    assert (simulation.model, simulation.box, config.data.path) == (model, int(box), name)
+    assert simulation.box * simulation.pixel_size_angstrom == field_angstrom
+    assert simulation.snr_db == DECIBELS["".join(suffixes[:1])]
+    assert (simulation.ctf is None) == bool({"clean", "plain"} & set(suffixes))
+    assert simulation.shift_sigma_fraction == config.data.shift_sigma_fraction
+    papers = simulation.box == 128
+    without = molecule == "spike" or "m20db" in suffixes if papers else simulation.ctf is None
+    assert (simulation.shift_sigma_fraction == 0) == without
+    assert simulation.particles == (50_000 if papers else 5_000)
+    if papers:
+        # molmap at 6 A
+        assert simulation.density_width_px * simulation.pixel_size_angstrom == pytest.approx(0.225 * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("data/spliceosome")])
+def test_the_field_of_view_holds_the_spliceosome(name: str) -> None:
+    simulation = load_config(name).simulation
+    assert simulation is not None
+    atoms, field_angstrom = read_atoms(simulation.model), simulation.box * simulation.pixel_size_angstrom
+    volume = density(atoms, 32, field_angstrom / 32, simulation.density_width_px * simulation.pixel_size_angstrom)
+    assert float(volume.sum()) == pytest.approx(float(atoms.atomic_number.sum(dtype=torch.float64)), rel=1e-6)

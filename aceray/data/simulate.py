@@ -20,7 +20,7 @@ from torch import Tensor
 from aceray.data.atoms import Atoms, density, gaussian_envelope, read_atoms, structure_factors
 from aceray.data.manifest import IMAGE_BYTES, ImageLayout
 from aceray.data.particles import CTF_UNITS
-from aceray.data.relion import read_star
+from aceray.data.pose_files import read_star
 from aceray.data.storage import sha256_of_file, storage_error
 from aceray.data.writer import max_rows_per_shard
 from aceray.em.ctf import CtfParameters, b_factor_envelope, ctf_on_disc

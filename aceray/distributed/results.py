@@ -13,7 +13,7 @@ import torch
 from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
-from aceray.data.relion import read_poses_star, write_poses_star
+from aceray.data.pose_files import read_poses, write_poses_star
 from aceray.data.storage import written_atomically
 from aceray.distributed.share import Share
 from aceray.em.fourier import HalfDisc
@@ -97,7 +97,7 @@ def oracle_metrics(
 
 
 def score_files(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[str, float]:
-    """Metrics of poses (STAR) and a volume (MRC) that another program made of a data set, against its truth.
+    """Metrics of poses (STAR, .cs, .pkl) and a volume (MRC) that another program made of a data set, against its truth.
 
     Raises:
         DataError: a file is missing or not of this data set, or the truth of the data set is not known.
@@ -106,7 +106,7 @@ def score_files(dataset: str | Path, poses: str | Path, volume: str | Path) -> d
     manifest, truth, true_volume = particles.manifest, particles.read_truth(), particles.read_truth_volume()
     if truth is None and true_volume is None:
         raise DataError(f"{particles.path}: holds neither true poses nor a true volume to compare with")
-    rotation, shift_px, number = read_poses_star(poses, manifest)
+    rotation, shift_px, number = read_poses(poses, manifest)
     predicted, pixel_size_angstrom = read_volume(volume)
     field, ours = pixel_size_angstrom * predicted.shape[-1], manifest.pixel_size_angstrom * manifest.box
     if abs(field - ours) > FIELD_TOLERANCE * ours:

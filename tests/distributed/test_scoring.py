@@ -2,17 +2,22 @@
 
 import csv
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import roma
 import starfile
 import torch
+from torch.testing import assert_close
 
 from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.particles import ParticleSet, open_particles
+from aceray.data.pose_files import read_poses, write_poses_star
 from aceray.distributed.results import score_files
 from aceray.distributed.run import compare_half_runs, evaluate_run, evaluate_run_with_oracle, run
 from aceray.errors import DataError
@@ -22,6 +27,7 @@ from aceray.presets import load_config
 from aceray.train import oracle
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import BOX, PIXEL_SIZE, blobs, write_particles
+from tests.references.density import rotation_from_angles
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,39 @@ def test_our_own_files_give_our_own_numbers(finished: tuple[RunResult, ParticleS
     blocks["particles"] = blocks["particles"].iloc[::-1].drop(columns="rlnImageName")
     starfile.write(blocks, tmp_path / "nameless.star")
     same(score_files(particles.path, tmp_path / "nameless.star", volume), result.metrics)
+
+
+def test_the_same_poses_of_other_programs_give_the_same_numbers(
+    finished: tuple[RunResult, ParticleSet], tmp_path: Path
+) -> None:
+    """The STAR file's poses, turned into cryoSPARC's and cryoDRGN's by their own definitions."""
+    result, particles = finished
+    truth = particles.read_truth()
+    assert truth is not None
+    # a sign or an order of axes that is wrong changes the distance from the true shifts
+    shift_px = truth.shift_px + torch.tensor([0.5, -1.0]) + 0.2 * torch.arange(len(truth.shift_px))[:, None].sin()
+    write_poses_star(tmp_path / "other.star", truth.rotation, shift_px, particles)
+    rows = starfile.read(tmp_path / "other.star")["particles"]
+    angles = rows[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy()
+    matrix = np.stack([rotation_from_angles(*row) for row in angles])
+    # both move the image by their shift to centre it, as RELION does by its origin
+    origin_px = rows[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy() / PIXEL_SIZE
+    table = np.zeros(
+        len(rows),
+        dtype=[("blob/idx", "<u4"), ("alignments3D/pose", "<f8", (3,)), ("alignments3D/shift", "<f8", (2,))],
+    )
+    table["blob/idx"] = np.arange(len(rows))
+    table["alignments3D/pose"] = roma.rotmat_to_rotvec(torch.from_numpy(matrix.transpose(0, 2, 1).copy())).numpy()
+    table["alignments3D/shift"] = origin_px
+    with open(tmp_path / "other.cs", "wb") as stream:
+        np.save(stream, table[::-1])
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps((matrix, origin_px / BOX)))
+    expected = score_files(particles.path, tmp_path / "other.star", result.paths["volume"])
+    for name in ("other.cs", "other.pkl"):
+        same(score_files(particles.path, tmp_path / name, result.paths["volume"]), expected)
+        rotation, found_px, _ = read_poses(tmp_path / name, particles.manifest)
+        assert_close(rotation, truth.rotation, atol=1e-5, rtol=0)
+        assert_close(found_px, shift_px, atol=1e-5, rtol=0)
 
 
 def test_files_of_another_set_are_refused(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
@@ -96,8 +135,6 @@ def test_without_a_truth_there_is_no_oracle(configure: Callable[..., Config]) ->
 
 
 def test_the_truth_scores_perfectly(finished: tuple[RunResult, ParticleSet], tmp_path: Path) -> None:
-    from aceray.data.relion import write_poses_star
-
     particles = open_particles(finished[1].path)
     truth, volume = particles.read_truth(), particles.read_truth_volume()
     assert truth is not None and volume is not None
