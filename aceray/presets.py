@@ -20,6 +20,7 @@ from aceray.errors import ConfigError
 Mapping = dict[str, Any]
 OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*)=(.*)$", re.DOTALL)
 MOST_ERRORS = 3
+STUDIES = "study/"
 
 
 def load_config(*arguments: str) -> Config:
@@ -47,6 +48,28 @@ def load_config(*arguments: str) -> Config:
         raise ConfigError(_one_line(error, sources)) from error
 
 
+def read_preset(name: str) -> Mapping:
+    """The settings of one YAML file and of what it includes, not validated.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    merged: Mapping = {}
+    for _, mapping in _fragments(name, ()):
+        merged = merge(merged, mapping)
+    return merged
+
+
+def with_overrides(mapping: Mapping, *overrides: str) -> Mapping:
+    """The mapping with `key=value`s merged on top of it; a value is YAML."""
+    for override in overrides:
+        match = OVERRIDE.match(override)
+        if match is None:
+            raise ConfigError(f"{override}: not an override; write key=value")
+        mapping = merge(mapping, nest(match[1], _parse(match[2], override)))
+    return mapping
+
+
 def to_yaml(config: Config) -> str:
     """All settings as YAML, itself a preset: `load_config` of the saved text gives an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -64,6 +87,15 @@ def settings() -> dict[str, str]:
 
 def preset_names() -> list[str]:
     """Names of all presets that can be given without a path."""
+    return [name for name in _file_names() if not name.startswith(STUDIES)]
+
+
+def study_names() -> list[str]:
+    """Names of all studies that can be given without a path."""
+    return [name for name in _file_names() if name.startswith(STUDIES)]
+
+
+def _file_names() -> list[str]:
     return sorted(
         {
             file.relative_to(folder).with_suffix("").as_posix()
@@ -106,10 +138,10 @@ def _find(name: str) -> Path:
     for candidate in [*given, *(folder / f"{stem}.yaml" for folder in _folders())]:
         if candidate.is_file():
             return candidate
-    known = preset_names()
+    kind, known = ("study", study_names()) if stem.startswith(STUDIES) else ("preset", preset_names())
     close = difflib.get_close_matches(stem, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known presets: {', '.join(known)}"
-    raise ConfigError(f"{name}: no such preset or YAML file; {hint}")
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    raise ConfigError(f"{name}: no such {kind} or YAML file; {hint}")
 
 
 def _fragments(name: str, parents: tuple[str, ...]) -> Iterator[tuple[str, Mapping]]:
@@ -233,7 +265,7 @@ def _problem(item: Mapping, sources: list[tuple[str, Mapping]]) -> str:
     if item["type"] == "extra_forbidden":
         if kind and key in settings():
             return f"{key}: not a setting of kind {kind}{at}; remove it or choose another kind"
-        return f"{key}: unknown setting{at}; {_suggestion(key)}"
+        return f"{key}: unknown setting{at}; {suggestion(key)}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         allowed = item["ctx"].get("expected_tags", "")
         return f"{key}.kind: found {item['ctx'].get('tag')!r}{at}; choose one of {allowed or 'the known kinds'}"
@@ -253,7 +285,7 @@ def _contains(mapping: Any, dotted: str) -> bool:
     return True
 
 
-def _suggestion(unknown: str) -> str:
+def suggestion(unknown: str) -> str:
     """The nearest known key: by name or by the first words of its description, the same section preferred."""
     section, _, leaf = unknown.rpartition(".")
 
