@@ -282,6 +282,9 @@ class Tracking(Model):
 class Config(Model):
     """One run, whole."""
 
+    presets: tuple[str, ...] = Field(
+        (), description="presets that the settings came from; filled in when they are read"
+    )
     name: str = Field(
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run and of its folder"
     )
