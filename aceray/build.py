@@ -20,7 +20,9 @@ from aceray.models.encoder import (
     StandardisedInput,
     VggFeatures,
     WienerInput,
+    normalised_regressor,
     regressor,
+    start_as_cryoai,
 )
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler
@@ -121,6 +123,7 @@ def build_trainer(
         particles.manifest.box,
         config.ipi.loss,
         LabelFilters([(stage.until_step, stage.filter) for stage in config.ipi.label_filters]),
+        config.optim.clip_norm,
     )
     batch = config.train.batch // lane_count(config)
     sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
@@ -167,7 +170,8 @@ def _build_model(
                 shift: nn.Module = nn.Linear(width, 2)
             case VggEncoder():
                 features = VggFeatures(box)
-                rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
+                rotation = start_as_cryoai(normalised_regressor(features.features, 6 * heads))
+                shift = start_as_cryoai(regressor(features.features, 2))
             case Resnet18Encoder():
                 features = ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
@@ -218,7 +222,7 @@ def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimize
         },
         {"params": list(model.decoder.parameters()), "lr": config.optim.decoder_lr, "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    optimiser = torch.optim.AdamW(groups, betas=config.optim.betas, amsgrad=config.optim.amsgrad, fused=True)
     match config.decoder, model.decoder:
         case VoxelDecoder(nonnegative=True), voxel.VoxelDecoder() as decoder:
             optimiser.register_step_post_hook(lambda *_: decoder.clamp_negative())

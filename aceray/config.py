@@ -237,6 +237,10 @@ class Optim(Model):
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two running means of AdamW")
     weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on decoders")
+    amsgrad: bool = Field(False, description="divide by the largest running mean of squares so far: AMSGrad, as cryoAI")
+    clip_norm: float | None = Field(
+        None, gt=0, description="longest gradient of a step, all parameters as one vector; null: no limit"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
     schedule: Literal["cosine", "multistep"] = Field("cosine", description="how the learning rates fall")
     hold_fraction: float = Field(0.3, ge=0, lt=1, description="cosine: share of the steps before the fall begins")

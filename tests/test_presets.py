@@ -151,6 +151,7 @@ def test_a_setting_of_another_kind() -> None:
 
 def test_bounds_and_contradictions() -> None:
     assert line_of("train.steps=0").startswith("train.steps: should be greater than or equal to 1, found 0")
+    assert line_of("optim.clip_norm=0").startswith("optim.clip_norm: should be greater than 0, found 0")
     assert line_of("data.box=33").startswith("data.box: should be a multiple of 2, found 33")
     assert line_of("pip.combination=convex", "pip.weight=2").startswith("pip: weight 2.0 exceeds 1")
     falling = ("pip.combination=convex", "pip.weight=0.5", "pip.schedule=linear", "pip.initial_factor=3")

@@ -159,6 +159,22 @@ def regressor(features: int, outputs: int) -> nn.Sequential:
     )
 
 
+def normalised_regressor(features: int, outputs: int) -> nn.Sequential:
+    """cryoAI's rotation head: as `regressor`, with batch normalisation behind the first rectifier."""
+    plain = list(regressor(features, outputs))
+    return nn.Sequential(*plain[:2], nn.BatchNorm1d(512), *plain[2:])
+
+
+@torch.no_grad()
+def start_as_cryoai(head: nn.Sequential) -> nn.Sequential:
+    """The head with cryoAI's initial weights: hidden layers normal with variance 2 / outputs, biases uniform in +-1."""
+    for layer in list(head)[:-1]:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.uniform_(layer.bias, -1, 1)
+    return head
+
+
 class PoseEncoder(nn.Module):
     """Input filter, features, a rotation head of `heads` candidates and a shift head bounded by shift_limit_px."""
 

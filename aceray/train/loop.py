@@ -45,6 +45,7 @@ class Plan:
     stored_box: int
     loss: Loss = "mse"
     labels: LabelFilters = field(default_factory=LabelFilters)
+    clip_norm: float | None = None
 
 
 Score = Callable[[Poses, Tensor], dict[str, float]]
@@ -160,6 +161,8 @@ class Trainer:
             group["lr"] = base * factor
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
+        if plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._bare.parameters(), plan.clip_norm)
         self.optimiser.step()
         return losses
 

@@ -14,7 +14,9 @@ from aceray.models.encoder import (
     StandardisedInput,
     VggFeatures,
     WienerInput,
+    normalised_regressor,
     regressor,
+    start_as_cryoai,
 )
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, ctf_parameters, projections
 
@@ -90,3 +92,22 @@ def test_vgg_leaves_out_the_halvings_a_small_box_has_no_room_for(box: int, expec
 def test_vgg_halves_by_maxima_then_means_then_maxima() -> None:
     pools = [type(layer).__name__[:3] for layer in VggFeatures(128) if "Pool" in type(layer).__name__]
     assert pools == ["Max", "Max", "Max", "Avg", "Avg", "Max"]
+
+
+def test_the_head_of_cryoai_normalises_what_its_first_rectifier_gives() -> None:
+    head = normalised_regressor(1024, 6)
+    kinds = [type(layer).__name__ for layer in head]
+    assert kinds == ["Linear", "ReLU", "BatchNorm1d", "Linear", "ReLU", "Linear"]
+    assert sum(parameter.numel() for parameter in head.parameters()) == 1025 * 512 + 2 * 512 + 513 * 256 + 257 * 6
+
+
+def test_hidden_layers_start_as_in_cryoai_and_the_last_one_does_not() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        head = start_as_cryoai(regressor(1024, 6))
+    first, second, last = (layer for layer in head if isinstance(layer, nn.Linear))
+    for layer in (first, second):
+        # fan_out: an entry has the variance 2 / outputs
+        assert_close(layer.weight.std().item(), (2 / layer.out_features) ** 0.5, rtol=0.02, atol=0)
+        assert 0.95 < layer.bias.abs().max() < 1 and abs(layer.bias.mean()) < 0.1
+    assert last.weight.abs().max() < 256**-0.5 and last.bias.abs().max() < 256**-0.5

@@ -26,6 +26,7 @@ def trainer(
     evaluate_every: int = 100,
     particles: Particles | None = None,
     matched: bool = False,
+    amsgrad: bool = False,
     **plans,
 ) -> Trainer:
     particles = particles or projections(64)[0]
@@ -38,7 +39,9 @@ def trainer(
         shifts=ShiftMoments(1.0) if matched else None,
     )
     optimiser = torch.optim.AdamW(
-        [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}]
+        [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}],
+        amsgrad=amsgrad,
+        fused=True,
     )
     sampler = Sampler(particles, [Lane(0, torch.arange(len(particles)))], HalfDisc(BOX), 1, 8, 8)
     plan = Plan(
@@ -182,6 +185,40 @@ def test_a_resumed_run_of_every_kind_ends_as_an_undisturbed_one(loss: str) -> No
     second.restore(*first.checkpoint())
     assert before + losses(second) == expected
     assert "shifts.square" in whole.checkpoint()[0]
+
+
+def gradient(source: Trainer) -> torch.Tensor:
+    """All gradients of the last step as one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in source.model.parameters()])
+
+
+def test_a_long_gradient_is_shortened_as_a_whole_and_a_short_one_left_alone() -> None:
+    free, clipped, wide = trainer(), trainer(clip_norm=0.01), trainer(clip_norm=1e6)
+    history = [next(one.run()).losses for one in (free, clipped, wide)]
+    assert history[0] == history[1] == history[2]
+    length = float(gradient(free).norm())
+    assert length > 0.1
+    assert float(gradient(clipped).norm()) == pytest.approx(0.01, rel=1e-3)
+    # encoder and decoder by the same factor
+    assert_close(gradient(clipped), gradient(free) * (0.01 / length), atol=1e-8, rtol=1e-3)
+    assert torch.equal(gradient(wide), gradient(free))
+
+
+def test_a_resumed_run_keeps_the_largest_squares_of_amsgrad() -> None:
+    whole, first, second = (trainer(amsgrad=True, clip_norm=0.5) for _ in range(3))
+    expected = losses(whole)
+    assert expected != losses(trainer(clip_norm=0.5))
+    steps = first.run()
+    before = [next(steps).losses for _ in range(4)]
+    tensors, metadata = first.checkpoint()
+    second.restore(tensors, metadata)
+    assert before + losses(second) == expected
+    for name, tensor in whole.checkpoint()[0].items():
+        assert_close(second.checkpoint()[0][name], tensor, atol=0, rtol=0)
+    # they do matter: from a checkpoint in which they are those of the last step the run ends elsewhere
+    forgetful = trainer(amsgrad=True, clip_norm=0.5)
+    forgetful.restore({name: tensors[name.replace("max_exp", "exp")] for name in tensors}, metadata)
+    assert before + losses(forgetful) != expected
 
 
 def test_labels_are_filtered_until_their_step() -> None:
