@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
+from aceray.config import CnnEncoder, Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
@@ -14,6 +14,7 @@ from aceray.errors import ConfigError, DataError
 from aceray.models import siren, voxel
 from aceray.models.autoencoder import AutoEncoder, Decoder
 from aceray.models.encoder import (
+    CnnFeatures,
     MlpFeatures,
     PoseEncoder,
     ResNet18Features,
@@ -109,6 +110,7 @@ def build_trainer(
         train_decoder=config.pip.train_decoder,
         shifts=ShiftMoments(shift_spread_px) if config.pip.shifts == "matched" else None,
         lanes=len(lanes),
+        contrastive=config.ipi.contrastive_weight > 0,
     ).to(device)
     plan = Plan(
         config.train.steps,
@@ -124,6 +126,7 @@ def build_trainer(
         config.ipi.loss,
         LabelFilters([(stage.until_step, stage.filter) for stage in config.ipi.label_filters]),
         config.optim.clip_norm,
+        config.ipi.contrastive_weight,
     )
     batch = config.train.batch // lane_count(config)
     sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
@@ -172,6 +175,10 @@ def _build_model(
                 features = VggFeatures(box)
                 rotation = start_as_cryoai(normalised_regressor(features.features, 6 * heads))
                 shift = start_as_cryoai(regressor(features.features, 2))
+            case CnnEncoder():
+                features = CnnFeatures(box)
+                rotation = nn.Sequential(normalised_regressor(features.features, 6 * heads), nn.Tanh())
+                shift = regressor(features.features, 2)
             case Resnet18Encoder():
                 features = ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)

@@ -112,7 +112,13 @@ class VggEncoder(EncoderBase):
     kind: Literal["vgg"] = "vgg"
 
 
-Encoder = Annotated[MlpEncoder | Resnet18Encoder | VggEncoder, Field(discriminator="kind")]
+class CnnEncoder(EncoderBase):
+    """Pairs of convolutions and a global mean, as in CryoPoseNet."""
+
+    kind: Literal["cnn"] = "cnn"
+
+
+Encoder = Annotated[MlpEncoder | Resnet18Encoder | VggEncoder | CnnEncoder, Field(discriminator="kind")]
 
 
 class VoxelDecoder(Model):
@@ -177,6 +183,9 @@ class Ipi(Model):
     )
     shift_l1_schedule: Literal["constant", "linear"] = Field(
         "constant", description="that weight as it is, or falling along a line to 0 at the last step"
+    )
+    contrastive_weight: float = Field(
+        0.0, ge=0, description="weight of the mean squared cosine of the encoder's features of two images; 0: none"
     )
     train_shift: bool = Field(
         False, description="let the image loss train the shift head too; otherwise PIP alone does"

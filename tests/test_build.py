@@ -41,6 +41,7 @@ METHODS = [
     "method/ace_em_voxel",
     "method/ace_em_siren",
     "method/cryoai",
+    "method/cryoposenet",
     "method/ipi_only_siren",
     "method/ipi_only_voxel",
     "method/no_pip",

@@ -126,7 +126,7 @@ def test_include_is_merged_below(folder: Path) -> None:
         (["batch=3"], "batch: unknown setting; did you mean train.batch?"),
         (["optimizer.lr=1"], "optimizer: unknown setting; did you mean optim?"),
         (["deom"], "deom: no such preset or YAML file; did you mean demo?"),
-        (["encoder.kind=vit"], "encoder.kind: found 'vit'; choose one of 'mlp', 'resnet18', 'vgg'"),
+        (["encoder.kind=vit"], "encoder.kind: found 'vit'; choose one of 'mlp', 'resnet18', 'vgg', 'cnn'"),
         (["name=a/b"], "name: should match pattern"),
         (["name=7"], "name: should be a valid string, found 7"),
     ],

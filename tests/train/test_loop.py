@@ -27,6 +27,7 @@ def trainer(
     particles: Particles | None = None,
     matched: bool = False,
     amsgrad: bool = False,
+    contrastive: bool = False,
     **plans,
 ) -> Trainer:
     particles = particles or projections(64)[0]
@@ -37,6 +38,7 @@ def trainer(
         shift_weight=0.2,
         train_shift=True,
         shifts=ShiftMoments(1.0) if matched else None,
+        contrastive=contrastive,
     )
     optimiser = torch.optim.AdamW(
         [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}],
@@ -185,6 +187,20 @@ def test_a_resumed_run_of_every_kind_ends_as_an_undisturbed_one(loss: str) -> No
     second.restore(*first.checkpoint())
     assert before + losses(second) == expected
     assert "shifts.square" in whole.checkpoint()[0]
+
+
+def test_the_contrastive_term_is_a_part_of_the_image_loss() -> None:
+    source = trainer(contrastive=True, contrastive_weight=0.7, weights=TaskWeights(0.25, 0, True))
+    first = losses(source)[0]
+    images = first["loss_ipi"] + 0.01 / BOX * first["loss_shift"] + 0.7 * first["loss_contrastive"]
+    assert first["loss_total"] == pytest.approx(0.75 * images + 0.25 * first["loss_pip"])
+
+
+def test_the_contrastive_term_spreads_the_codes() -> None:
+    weights = TaskWeights(0.0, 0, False)
+    plans = {"steps": 60, "learning_rate": WarmupCosine(60, 2, 0.3, 0.1), "weights": weights, "contrastive": True}
+    found = [losses(trainer(contrastive_weight=weight, **plans))[-1]["loss_contrastive"] for weight in (0.0, 10.0)]
+    assert found[1] < 0.8 * found[0]
 
 
 def gradient(source: Trainer) -> torch.Tensor:
