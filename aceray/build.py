@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
+from aceray.config import CnnEncoder, Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.fourier import HalfDisc
@@ -14,13 +14,16 @@ from aceray.errors import ConfigError, DataError
 from aceray.models import siren, voxel
 from aceray.models.autoencoder import AutoEncoder, Decoder
 from aceray.models.encoder import (
+    CnnFeatures,
     MlpFeatures,
     PoseEncoder,
     ResNet18Features,
     StandardisedInput,
     VggFeatures,
     WienerInput,
+    normalised_regressor,
     regressor,
+    start_as_cryoai,
 )
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler
@@ -107,6 +110,7 @@ def build_trainer(
         train_decoder=config.pip.train_decoder,
         shifts=ShiftMoments(shift_spread_px) if config.pip.shifts == "matched" else None,
         lanes=len(lanes),
+        contrastive=config.ipi.contrastive_weight > 0,
     ).to(device)
     plan = Plan(
         config.train.steps,
@@ -121,6 +125,8 @@ def build_trainer(
         particles.manifest.box,
         config.ipi.loss,
         LabelFilters([(stage.until_step, stage.filter) for stage in config.ipi.label_filters]),
+        config.optim.clip_norm,
+        config.ipi.contrastive_weight,
     )
     batch = config.train.batch // lane_count(config)
     sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
@@ -167,7 +173,12 @@ def _build_model(
                 shift: nn.Module = nn.Linear(width, 2)
             case VggEncoder():
                 features = VggFeatures(box)
-                rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
+                rotation = start_as_cryoai(normalised_regressor(features.features, 6 * heads))
+                shift = start_as_cryoai(regressor(features.features, 2))
+            case CnnEncoder():
+                features = CnnFeatures(box)
+                rotation = nn.Sequential(normalised_regressor(features.features, 6 * heads), nn.Tanh())
+                shift = regressor(features.features, 2)
             case Resnet18Encoder():
                 features = ResNet18Features(box)
                 rotation, shift = regressor(features.features, 6 * heads), regressor(features.features, 2)
@@ -218,7 +229,7 @@ def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimize
         },
         {"params": list(model.decoder.parameters()), "lr": config.optim.decoder_lr, "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    optimiser = torch.optim.AdamW(groups, betas=config.optim.betas, amsgrad=config.optim.amsgrad, fused=True)
     match config.decoder, model.decoder:
         case VoxelDecoder(nonnegative=True), voxel.VoxelDecoder() as decoder:
             optimiser.register_step_post_hook(lambda *_: decoder.clamp_negative())

@@ -112,7 +112,13 @@ class VggEncoder(EncoderBase):
     kind: Literal["vgg"] = "vgg"
 
 
-Encoder = Annotated[MlpEncoder | Resnet18Encoder | VggEncoder, Field(discriminator="kind")]
+class CnnEncoder(EncoderBase):
+    """Pairs of convolutions and a global mean, as in CryoPoseNet."""
+
+    kind: Literal["cnn"] = "cnn"
+
+
+Encoder = Annotated[MlpEncoder | Resnet18Encoder | VggEncoder | CnnEncoder, Field(discriminator="kind")]
 
 
 class VoxelDecoder(Model):
@@ -178,6 +184,9 @@ class Ipi(Model):
     shift_l1_schedule: Literal["constant", "linear"] = Field(
         "constant", description="that weight as it is, or falling along a line to 0 at the last step"
     )
+    contrastive_weight: float = Field(
+        0.0, ge=0, description="weight of the mean squared cosine of the encoder's features of two images; 0: none"
+    )
     train_shift: bool = Field(
         False, description="let the image loss train the shift head too; otherwise PIP alone does"
     )
@@ -237,6 +246,10 @@ class Optim(Model):
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two running means of AdamW")
     weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay of the encoder; none on decoders")
+    amsgrad: bool = Field(False, description="divide by the largest running mean of squares so far: AMSGrad, as cryoAI")
+    clip_norm: float | None = Field(
+        None, gt=0, description="longest gradient of a step, all parameters as one vector; null: no limit"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of the linear rise of the learning rates")
     schedule: Literal["cosine", "multistep"] = Field("cosine", description="how the learning rates fall")
     hold_fraction: float = Field(0.3, ge=0, lt=1, description="cosine: share of the steps before the fall begins")
@@ -282,6 +295,9 @@ class Tracking(Model):
 class Config(Model):
     """One run, whole."""
 
+    presets: tuple[str, ...] = Field(
+        (), description="presets that the settings came from; filled in when they are read"
+    )
     name: str = Field(
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run and of its folder"
     )

@@ -32,6 +32,7 @@ Row = dict[str, Any]
 """One step of the journal: `step`, losses and metrics; None where a number was not finite."""
 # Settings that a resumed run may change: they decide where and how it runs and what is kept, not what is computed.
 FREE_SETTINGS = (
+    "presets",
     "name",
     "runs",
     "simulation",

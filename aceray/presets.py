@@ -28,7 +28,8 @@ def load_config(*arguments: str) -> Config:
 
     Each argument is a preset (`demo`, `data/spliceosome_32`, a path to a YAML file) or an override (`pip.weight=0.07`).
     Presets are looked for in ./conf, then among those shipped with aceray. An override's value is YAML: `null` and `0`
-    override, `1e-3` is a number. Raises ConfigError: one line with the key, what was found and what is known.
+    override, `1e-3` is a number. `presets` names those given; a saved config.yaml stands for the ones it came from.
+    Raises ConfigError: one line with the key, what was found and what is known.
     """
     overrides: Mapping = {}
     names = ["base"]
@@ -37,8 +38,13 @@ def load_config(*arguments: str) -> Config:
             overrides = merge(overrides, nest(match[1], _parse(match[2], argument)))
         else:
             names.append(argument)
-    sources = [source for name in names for source in _fragments(name, ())]
-    sources.append(("", overrides))
+    sources: list[tuple[str, Mapping]] = []
+    given: list[Any] = []
+    for name in names:
+        sources += _fragments(name, ())
+        known = sources[-1][1].get("presets", name)
+        given += known if isinstance(known, list) else [known]
+    sources += [("", {"presets": given}), ("", overrides)]
     merged: Mapping = {}
     for _, mapping in sources:
         merged = merge(merged, mapping)

@@ -41,6 +41,7 @@ METHODS = [
     "method/ace_em_voxel",
     "method/ace_em_siren",
     "method/cryoai",
+    "method/cryoposenet",
     "method/ipi_only_siren",
     "method/ipi_only_voxel",
     "method/no_pip",
@@ -147,6 +148,13 @@ def test_settings_of_losses_and_schedules_reach_the_plan(particles: ParticleSet)
     assert source.objective.shifts is not None
     assert source.objective.shifts.spread_px == pytest.approx(0.03 * BOX)
     assert [set(step) - {"loss_total"} for step in losses(source)] == [{"loss_ipi", "loss_shift"}] * 2 + [{"loss_pip"}]
+
+
+def test_settings_of_the_optimiser_reach_it(particles: ParticleSet) -> None:
+    plain, cryoai = trainer(load_config(*SMALL), particles), trainer(load_config("method/cryoai"), particles)
+    assert plain.plan.clip_norm is None and cryoai.plan.clip_norm == 1.0
+    assert [group["amsgrad"] for group in plain.optimiser.param_groups] == [False, False]
+    assert [group["amsgrad"] for group in cryoai.optimiser.param_groups] == [True, True]
 
 
 def test_defaults_are_plain_losses_and_constant_weights(particles: ParticleSet) -> None:

@@ -191,7 +191,15 @@ def test_resume_refuses_another_result(folder: RunFolder, tmp_path: Path, key: s
 
 def test_resume_accepts_another_place(folder: RunFolder, tmp_path: Path) -> None:
     free = config(
-        tmp_path, "resources.workers=1", "data.path=/elsewhere", "tracking.enabled=false", "train.checkpoint_every=3"
+        tmp_path,
+        "base",
+        "decoder/voxel",
+        "decoder.scale=1",
+        "optim.decoder_lr=4e-2",
+        "resources.workers=1",
+        "data.path=/elsewhere",
+        "tracking.enabled=false",
+        "train.checkpoint_every=3",
     )
     assert load_config(str(create_run_folder(free, "resume").config)) == free
 

@@ -79,11 +79,30 @@ def test_merge_leaves_its_arguments_alone() -> None:
     assert below == {"a": {"b": 1, "c": 2}}
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["method/ace_em_voxel", "name='1e-3'", "optim.encoder_lr=1e-5"]])
+@pytest.mark.parametrize(
+    "arguments", [["demo"], ["seed=2"], ["method/ace_em_voxel", "name='1e-3'", "optim.encoder_lr=1e-5"]]
+)
 def test_saved_settings_are_a_preset_again(folder: Path, arguments: list[str]) -> None:
     config = load_config(*arguments)
     (folder / "saved.yaml").write_text(to_yaml(config))
     assert load_config("saved.yaml") == config
+
+
+def test_settings_know_the_presets_that_were_given(folder: Path) -> None:
+    assert load_config("seed=2").presets == load_config("base").presets == ()
+    assert load_config("demo", "seed=2", "method/ace_em_voxel").presets == ("demo", "method/ace_em_voxel")
+    (folder / "mine.yaml").write_text("include: [demo]\nseed: 3\n")
+    assert load_config("mine.yaml").presets == ("mine.yaml",)
+
+
+def test_saved_settings_stand_for_the_presets_they_came_from(folder: Path) -> None:
+    (folder / "saved.yaml").write_text(to_yaml(load_config("demo", "method/ace_em_voxel")))
+    assert load_config("saved.yaml", "decoder/siren").presets == ("demo", "method/ace_em_voxel", "decoder/siren")
+    (folder / "plain.yaml").write_text(to_yaml(load_config("seed=2")))
+    assert load_config("plain.yaml").presets == ()
+    # written before presets were recorded
+    (folder / "older.yaml").write_text(to_yaml(load_config("demo")).replace("presets:\n- demo\n", ""))
+    assert load_config("older.yaml").presets == ("older.yaml",)
 
 
 def test_own_presets_come_before_the_shipped_ones(folder: Path) -> None:
@@ -107,7 +126,7 @@ def test_include_is_merged_below(folder: Path) -> None:
         (["batch=3"], "batch: unknown setting; did you mean train.batch?"),
         (["optimizer.lr=1"], "optimizer: unknown setting; did you mean optim?"),
         (["deom"], "deom: no such preset or YAML file; did you mean demo?"),
-        (["encoder.kind=vit"], "encoder.kind: found 'vit'; choose one of 'mlp', 'resnet18', 'vgg'"),
+        (["encoder.kind=vit"], "encoder.kind: found 'vit'; choose one of 'mlp', 'resnet18', 'vgg', 'cnn'"),
         (["name=a/b"], "name: should match pattern"),
         (["name=7"], "name: should be a valid string, found 7"),
     ],
@@ -132,6 +151,7 @@ def test_a_setting_of_another_kind() -> None:
 
 def test_bounds_and_contradictions() -> None:
     assert line_of("train.steps=0").startswith("train.steps: should be greater than or equal to 1, found 0")
+    assert line_of("optim.clip_norm=0").startswith("optim.clip_norm: should be greater than 0, found 0")
     assert line_of("data.box=33").startswith("data.box: should be a multiple of 2, found 33")
     assert line_of("pip.combination=convex", "pip.weight=2").startswith("pip: weight 2.0 exceeds 1")
     falling = ("pip.combination=convex", "pip.weight=0.5", "pip.schedule=linear", "pip.initial_factor=3")
@@ -162,6 +182,7 @@ def test_many_mistakes_are_still_one_line() -> None:
         ("seed: 1\nseed: 2", "conf/bad.yaml: not valid YAML (seed stands twice)"),
         ("- seed", "conf/bad.yaml: a preset is lines of `setting: value`, but this is a list"),
         ("include: bad", "conf/bad.yaml: includes itself"),
+        ("presets: 3", "presets[0]: should be a valid string, found 3"),
         ("include: nothing/here", "nothing/here: no such preset"),
     ],
 )

@@ -48,7 +48,7 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
     folder = create_run_folder(config, existing)
     try:
         _check_data(folder, particles)
-        with _ended_by_sigterm(), start_tracking(config, folder, _tags(particles)) as tracker:
+        with _ended_by_sigterm(), start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             steps = folder.checkpoint_steps()
             folder.cut_history(steps[-1] if steps else 0)
             with _timed(folder), contextlib.closing(_train(config, folder, particles, groups)) as progress:
@@ -109,8 +109,7 @@ def compare_half_runs(path: str | Path, other_path: str | Path, mask: MaskKind =
             f"{other.path}: trained on other particles than {folder.path} (data sets {str(digests[1])[:12]} and "
             f"{str(digests[0])[:12]}); half maps are of one data set"
         )
-    tags = {"aceray.dataset_sha256": str(digests[0]), **software_tags()}
-    with start_tracking(config, folder, tags) as tracker:
+    with start_tracking(config, folder, _tags(config, str(digests[0]))) as tracker:
         tracker.status_at_end = tracker.status_before
         return write_half_maps(folder, other, mask, tracker)
 
@@ -130,7 +129,7 @@ def _evaluate(
     with _ended_by_sigterm(), _threads(config):
         stack, device = read_here(particles, groups, box), _device(config)
         beside = score_oracle(particles, stack, device)
-        with start_tracking(config, folder, _tags(particles)) as tracker:
+        with start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             tracker.status_at_end = tracker.status_before
             share = predict_share(config, folder, particles, stack, Place(device=device))
             result = write_results(config, folder, particles, [share], tracker, beside)
@@ -176,8 +175,9 @@ def _check_data(folder: RunFolder, particles: ParticleSet) -> None:
     folder.write_notes(dataset_sha256=digest)
 
 
-def _tags(particles: ParticleSet) -> dict[str, str]:
-    return {"aceray.dataset_sha256": particles.manifest.sha256, **software_tags()}
+def _tags(config: Config, dataset_sha256: str) -> dict[str, str]:
+    presets = ", ".join(config.presets) or "base"
+    return {"aceray.presets": presets, "aceray.dataset_sha256": dataset_sha256, **software_tags()}
 
 
 def _device(config: Config) -> str:

@@ -12,10 +12,14 @@ from aceray.em.rotation import rotation_from_sixd
 
 
 class Hypotheses(NamedTuple):
-    """Candidate poses of b images: rotation (b, h, 3, 3) and the one shift (b, 2) in pixels they share."""
+    """Candidate poses of b images: rotation (b, h, 3, 3) and the one shift (b, 2) in pixels they share.
+
+    `codes` (b, f) are the features that the heads read them from.
+    """
 
     rotation: Tensor
     shift_px: Tensor
+    codes: Tensor
 
 
 class WienerInput(nn.Module):
@@ -148,6 +152,31 @@ class VggFeatures(nn.Sequential):
         self.features = channels * side**2
 
 
+class CnnFeatures(nn.Sequential):
+    """CryoPoseNet's network as in XFELPoseGAN: pairs of convolutions of 64 to 1,024 channels, 1,024 mean features.
+
+    It sees the image alone, without a filter bank. A halving that would leave no pixel is left out.
+    """
+
+    features = 1024
+
+    def __init__(self, box: int) -> None:
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, box))]
+        channels, side = 1, box
+        for width in (64, 128, 256, 512, 1024):
+            for _ in range(2):
+                layers += [
+                    nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+                channels = width
+            if side > 1:
+                layers.append(nn.AvgPool2d(2))
+                side //= 2
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def regressor(features: int, outputs: int) -> nn.Sequential:
     """The paper's head on pooled features: 512, 256, then linear (widths as in cryoAI)."""
     return nn.Sequential(
@@ -157,6 +186,22 @@ def regressor(features: int, outputs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(256, outputs),
     )
+
+
+def normalised_regressor(features: int, outputs: int) -> nn.Sequential:
+    """cryoAI's rotation head: as `regressor`, with batch normalisation behind the first rectifier."""
+    plain = list(regressor(features, outputs))
+    return nn.Sequential(*plain[:2], nn.BatchNorm1d(512), *plain[2:])
+
+
+@torch.no_grad()
+def start_as_cryoai(head: nn.Sequential) -> nn.Sequential:
+    """The head with cryoAI's initial weights: hidden layers normal with variance 2 / outputs, biases uniform in +-1."""
+    for layer in list(head)[:-1]:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.uniform_(layer.bias, -1, 1)
+    return head
 
 
 class PoseEncoder(nn.Module):
@@ -177,4 +222,4 @@ class PoseEncoder(nn.Module):
         features = self.features(self.preprocess(coefficients, ctf))
         rotation = rotation_from_sixd(self.rotation(features).unflatten(1, (-1, 6)))
         # tanh(u / 2) = 2 sigmoid(u) - 1: the paper's sigmoid, centred on no shift
-        return Hypotheses(rotation, self.shift_limit_px * torch.tanh(self.shift(features) / 2))
+        return Hypotheses(rotation, self.shift_limit_px * torch.tanh(self.shift(features) / 2), features)

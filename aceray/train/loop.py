@@ -45,6 +45,8 @@ class Plan:
     stored_box: int
     loss: Loss = "mse"
     labels: LabelFilters = field(default_factory=LabelFilters)
+    clip_norm: float | None = None
+    contrastive_weight: float = 0.0
 
 
 Score = Callable[[Poses, Tensor], dict[str, float]]
@@ -150,7 +152,10 @@ class Trainer:
         parts = []
         if batch is not None:
             shift_weight = plan.shift_weight.at(step - 1) / self.model.disc.box
-            parts.append(ipi_weight * (terms["ipi"] + shift_weight * terms["shift"]))
+            images = terms["ipi"] + shift_weight * terms["shift"]
+            if "contrastive" in terms:
+                images = images + plan.contrastive_weight * terms["contrastive"]
+            parts.append(ipi_weight * images)
         if drawn is not None:
             parts.append(pip_weight * terms["pip"])
         total = torch.stack(parts).sum()
@@ -160,6 +165,8 @@ class Trainer:
             group["lr"] = base * factor
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
+        if plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._bare.parameters(), plan.clip_norm)
         self.optimiser.step()
         return losses
 

@@ -71,11 +71,20 @@ class ShiftMoments(nn.Module):
         return self.mean + shift_px * ((self.square - self.mean.square()).clamp_min(0).sqrt() / self.spread_px)
 
 
+def pairwise_contrast(codes: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
+    """Mean squared difference between the cosines of all pairs of codes and the identity (CryoPoseNet).
+
+    It is 0 where the codes of different images are orthogonal and 1 - 1/b where all point one way.
+    """
+    directions = nn.functional.normalize(codes, dim=1)
+    return (directions @ directions.mT - torch.eye(len(codes), device=codes.device)).square().mean()
+
+
 class Objective(nn.Module):
     """Losses of one step. Every parameter that trains is a parameter of this module, so it can be wrapped for DDP.
 
     `shifts`, when given, sets the spread of PIP's shifts in place of the drawn one. `train_decoder` lets PIP's loss
-    reach the volume through the rendered images.
+    reach the volume through the rendered images. `contrastive` adds the term of that name for the images.
     """
 
     _source: Tensor
@@ -93,11 +102,13 @@ class Objective(nn.Module):
         train_decoder: bool = False,
         shifts: ShiftMoments | None = None,
         lanes: int = 1,
+        contrastive: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.shift_spread_px, self.shift_weight, self.lanes = shift_spread_px, shift_weight, lanes
         self.train_shift, self.train_decoder, self.shifts = train_shift, train_decoder, shifts
+        self.contrastive = contrastive
         source, sign = coefficient_tables(model.disc)
         self.register_buffer("_source", source, persistent=False)
         self.register_buffer("_sign", sign, persistent=False)
@@ -121,6 +132,8 @@ class Objective(nn.Module):
         if batch is not None:
             views = poses if drawn is None else poses[:-1]
             losses = self._image_pose_image(transform, batch, views, label_filter)
+            if self.contrastive:
+                losses["contrastive"] = self._contrast(views)
         if drawn is not None:
             losses["pip"] = self._pose_image_pose(drawn, poses[-1])
         return losses
@@ -142,9 +155,9 @@ class Objective(nn.Module):
         for lane in range(self.lanes):
             ctf = torch.cat([parts[lane] for parts in ctfs]) if ctfs else None
             poses = self.model.encoder(torch.cat([parts[lane] for parts in coefficients]), ctf)
-            lanes.append(zip(poses.rotation.split(sizes), poses.shift_px.split(sizes), strict=True))
+            lanes.append(zip(*(column.split(sizes) for column in poses), strict=True))
         return [
-            Hypotheses(torch.cat([part[0] for part in group]), torch.cat([part[1] for part in group]))
+            Hypotheses(*(torch.cat(column) for column in zip(*group, strict=True)))
             for group in zip(*lanes, strict=True)
         ]
 
@@ -167,8 +180,8 @@ class Objective(nn.Module):
             return poses
         back = self._turns[batch.views].mT
         return [
-            Hypotheses(turn[:, None] @ rotation, (turn[:, :2, :2] @ shift_px[..., None])[..., 0])
-            for turn, (rotation, shift_px) in zip(back, poses, strict=True)
+            Hypotheses(turn[:, None] @ rotation, (turn[:, :2, :2] @ shift_px[..., None])[..., 0], codes)
+            for turn, (rotation, shift_px, codes) in zip(back, poses, strict=True)
         ]
 
     def _image_pose_image(
@@ -194,6 +207,11 @@ class Objective(nn.Module):
         )
         residual = self.model.residual(rendered, label)
         return {"ipi": residual.mean(), "shift": shift_px.abs().sum(-1).mean()}
+
+    def _contrast(self, views: list[Hypotheses]) -> Tensor:
+        """Contrast of the images' codes, view by view and lane by lane like batch normalisation."""
+        parts = [codes for view in views for codes in view.codes.chunk(self.lanes)]
+        return torch.stack([pairwise_contrast(codes) for codes in parts]).mean()
 
     def _pose_image_pose(self, drawn: DrawnPoses, poses: Hypotheses) -> Tensor:
         """Squared error of the predicted poses of rendered images (ACE-EM eq. 13).

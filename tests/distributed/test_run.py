@@ -306,7 +306,7 @@ def test_a_run_without_ray_and_mlflow_installed(configure: Configure) -> None:
 def test_a_signal_ends_the_run_and_it_can_be_resumed(configure: Configure, tmp_path: Path, number: int) -> None:
     database = f"sqlite:///{tmp_path}/ml.db" if number == signal.SIGTERM else ""
     tracking = (f"tracking.uri={database}", "tracking.enabled=true") if database else ()
-    config = configure("train.steps=100000", "train.evaluate_every=100000")
+    config = configure("decoder/voxel", "train.steps=100000", "train.evaluate_every=100000")
     process = child(config, *tracking)
     assert process.stdout is not None
     for line in process.stdout:
@@ -324,7 +324,10 @@ def test_a_signal_ends_the_run_and_it_can_be_resumed(configure: Configure, tmp_p
         from mlflow import MlflowClient
 
         run_id = folder.read_notes()["mlflow_run_id"]
-        assert MlflowClient(tracking_uri=database).get_run(run_id).info.status == "KILLED"
+        tracked = MlflowClient(tracking_uri=database).get_run(run_id)
+        assert tracked.info.status == "KILLED"
+        # through the saved settings that the child was given
+        assert tracked.data.tags["aceray.presets"] == "decoder/voxel"
 
 
 def test_a_run_on_one_half_knows_no_other_particle(configure: Configure, tmp_path: Path) -> None:

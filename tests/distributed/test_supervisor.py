@@ -55,9 +55,13 @@ def test_a_worker_killed_on_the_way_changes_nothing(
     assert client.get_run(there.mlflow_run_id).info.status == "FINISHED"
 
 
-def test_two_workers_do_what_one_does_with_two_lanes(configure: Configure) -> None:
+EVERY_TERM = ("ipi.contrastive_weight=1", "ipi.loss=symmetric", "optim.amsgrad=true", "optim.clip_norm=0.1")
+
+
+@pytest.mark.parametrize("settings", [(), pytest.param(EVERY_TERM, marks=pytest.mark.slow)])
+def test_two_workers_do_what_one_does_with_two_lanes(configure: Configure, settings: tuple[str, ...]) -> None:
     """Few steps and one head: rounding alone makes a winner among heads change later on."""
-    quick = ("train.steps=8", "encoder.heads=1", "train.checkpoint_every=5")
+    quick = ("train.steps=8", "encoder.heads=1", "train.checkpoint_every=5", *settings)
     one = run(configure("name=one", "train.lanes=2", *quick))
     two = run(configure("name=two", "resources.workers=2", *quick))
     for ours, theirs in zip(journal(two.folder), journal(one.folder), strict=True):

@@ -26,6 +26,8 @@ def trainer(
     evaluate_every: int = 100,
     particles: Particles | None = None,
     matched: bool = False,
+    amsgrad: bool = False,
+    contrastive: bool = False,
     **plans,
 ) -> Trainer:
     particles = particles or projections(64)[0]
@@ -36,9 +38,12 @@ def trainer(
         shift_weight=0.2,
         train_shift=True,
         shifts=ShiftMoments(1.0) if matched else None,
+        contrastive=contrastive,
     )
     optimiser = torch.optim.AdamW(
-        [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}]
+        [{"params": model.encoder.parameters(), "lr": 1e-3}, {"params": model.decoder.parameters(), "lr": 1e-2}],
+        amsgrad=amsgrad,
+        fused=True,
     )
     sampler = Sampler(particles, [Lane(0, torch.arange(len(particles)))], HalfDisc(BOX), 1, 8, 8)
     plan = Plan(
@@ -182,6 +187,54 @@ def test_a_resumed_run_of_every_kind_ends_as_an_undisturbed_one(loss: str) -> No
     second.restore(*first.checkpoint())
     assert before + losses(second) == expected
     assert "shifts.square" in whole.checkpoint()[0]
+
+
+def test_the_contrastive_term_is_a_part_of_the_image_loss() -> None:
+    source = trainer(contrastive=True, contrastive_weight=0.7, weights=TaskWeights(0.25, 0, True))
+    first = losses(source)[0]
+    images = first["loss_ipi"] + 0.01 / BOX * first["loss_shift"] + 0.7 * first["loss_contrastive"]
+    assert first["loss_total"] == pytest.approx(0.75 * images + 0.25 * first["loss_pip"])
+
+
+def test_the_contrastive_term_spreads_the_codes() -> None:
+    weights = TaskWeights(0.0, 0, False)
+    plans = {"steps": 60, "learning_rate": WarmupCosine(60, 2, 0.3, 0.1), "weights": weights, "contrastive": True}
+    found = [losses(trainer(contrastive_weight=weight, **plans))[-1]["loss_contrastive"] for weight in (0.0, 10.0)]
+    assert found[1] < 0.8 * found[0]
+
+
+def gradient(source: Trainer) -> torch.Tensor:
+    """All gradients of the last step as one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in source.model.parameters()])
+
+
+def test_a_long_gradient_is_shortened_as_a_whole_and_a_short_one_left_alone() -> None:
+    free, clipped, wide = trainer(), trainer(clip_norm=0.01), trainer(clip_norm=1e6)
+    history = [next(one.run()).losses for one in (free, clipped, wide)]
+    assert history[0] == history[1] == history[2]
+    length = float(gradient(free).norm())
+    assert length > 0.1
+    assert float(gradient(clipped).norm()) == pytest.approx(0.01, rel=1e-3)
+    # encoder and decoder by the same factor
+    assert_close(gradient(clipped), gradient(free) * (0.01 / length), atol=1e-8, rtol=1e-3)
+    assert torch.equal(gradient(wide), gradient(free))
+
+
+def test_a_resumed_run_keeps_the_largest_squares_of_amsgrad() -> None:
+    whole, first, second = (trainer(amsgrad=True, clip_norm=0.5) for _ in range(3))
+    expected = losses(whole)
+    assert expected != losses(trainer(clip_norm=0.5))
+    steps = first.run()
+    before = [next(steps).losses for _ in range(4)]
+    tensors, metadata = first.checkpoint()
+    second.restore(tensors, metadata)
+    assert before + losses(second) == expected
+    for name, tensor in whole.checkpoint()[0].items():
+        assert_close(second.checkpoint()[0][name], tensor, atol=0, rtol=0)
+    # they do matter: from a checkpoint in which they are those of the last step the run ends elsewhere
+    forgetful = trainer(amsgrad=True, clip_norm=0.5)
+    forgetful.restore({name: tensors[name.replace("max_exp", "exp")] for name in tensors}, metadata)
+    assert before + losses(forgetful) != expected
 
 
 def test_labels_are_filtered_until_their_step() -> None:

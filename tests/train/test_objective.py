@@ -14,7 +14,8 @@ from aceray.em.filters import VARIANCES_PX2
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.models.encoder import Hypotheses
-from aceray.train.objective import LOSER_WEIGHT, Batch, DrawnPoses, Objective, ShiftMoments
+from aceray.train.objective import LOSER_WEIGHT, Batch, DrawnPoses, Objective, ShiftMoments, pairwise_contrast
+from tests.references.contrast import pairwise_contrast_loop
 from tests.references.filters import gaussian_filter
 from tests.train.phantom import PIXEL_SIZE_ANGSTROM, autoencoder, ctf_parameters, projections
 
@@ -210,7 +211,7 @@ class KnownPoses(nn.Module):
 
     def __init__(self, rotation: Tensor, shift_px: Tensor) -> None:
         super().__init__()
-        self.poses = Hypotheses(rotation[:, None], shift_px)
+        self.poses = Hypotheses(rotation[:, None], shift_px, rotation.flatten(1))
 
     def forward(self, coefficients: Tensor, ctf: Tensor | None) -> Hypotheses:
         self.coefficients, self.ctf = coefficients, ctf
@@ -315,3 +316,60 @@ def test_only_training_moves_the_moments_and_pip_renders_with_them() -> None:
     task.train()
     task(batch, None)
     assert task.shifts.square.max() < 0.25
+
+
+def codes_of(task: Objective, batch: Batch) -> np.ndarray:
+    return task.model.encoder(batch.coefficients, batch.ctf).codes.detach().double().numpy()
+
+
+def test_contrast_is_the_mean_square_of_cosines_between_different_codes() -> None:
+    codes = torch.randn(7, 5, generator=named_generator("tests/codes"))
+    assert_close(pairwise_contrast(codes).item(), pairwise_contrast_loop(codes.numpy()), atol=1e-6, rtol=1e-5)
+    assert_close(pairwise_contrast(3 * torch.eye(4)).item(), 0.0, atol=1e-6, rtol=0)
+    # codes along one line, whichever way they point
+    line = torch.tensor([[1.0], [-2.0], [3.0], [-4.0]]) * torch.ones(3)
+    assert_close(pairwise_contrast(line).item(), 0.75)
+
+
+def test_a_code_of_zeros_gives_a_finite_contrast_and_gradient() -> None:
+    codes = torch.cat([torch.zeros(1, 5), torch.eye(5)[:3]]).requires_grad_()
+    value = pairwise_contrast(codes)
+    value.backward()
+    assert_close(value.item(), 1 / 16)
+    assert codes.grad is not None and codes.grad.abs().max() < 1e-6
+
+
+def test_the_contrastive_term_is_that_of_the_images_alone() -> None:
+    task = objective(contrastive=True)
+    task.eval()
+    batch = batch_of(task)
+    expected = pairwise_contrast_loop(codes_of(task, batch))
+    assert 0.05 < expected < 0.9
+    assert_close(task(batch, None)["contrastive"].item(), expected, atol=1e-5, rtol=0)
+    assert_close(task(batch, drawn_of(task))["contrastive"].item(), expected, atol=1e-5, rtol=0)
+    assert "contrastive" not in task(None, drawn_of(task))
+    assert "contrastive" not in objective()(batch, None)
+
+
+def test_the_contrastive_term_is_taken_lane_by_lane_and_view_by_view() -> None:
+    together, alone = objective(lanes=2, contrastive=True), objective(contrastive=True)
+    together.eval(), alone.eval()
+    first, second = batch_of(alone, seed=1), batch_of(alone, seed=2)
+    parts = [pairwise_contrast_loop(codes_of(alone, batch)) for batch in (first, second)]
+    both = Batch(torch.cat([first.coefficients, second.coefficients]), torch.cat([first.ctf, second.ctf]))
+    assert_close(together(both, None)["contrastive"].item(), sum(parts) / 2, atol=1e-5, rtol=0)
+    assert abs(alone(both, None)["contrastive"].item() - sum(parts) / 2) > 1e-3
+    turned = half_turn(alone.model.disc.scatter(first.coefficients))
+    around = Batch(alone.model.disc.gather(turned), first.ctf)
+    expected = (parts[0] + pairwise_contrast_loop(codes_of(alone, around))) / 2
+    found = alone(dataclasses.replace(first, views=SYMMETRIC), None)["contrastive"]
+    assert_close(found.item(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_contrastive_term_teaches_the_features_and_not_the_heads() -> None:
+    task = objective(contrastive=True)
+    task(batch_of(task), None)["contrastive"].backward()
+    encoder = task.model.encoder
+    assert all(parameter.grad is not None for parameter in encoder.features.parameters())
+    heads = [*encoder.rotation.parameters(), *encoder.shift.parameters(), task.model.decoder.density]
+    assert all(parameter.grad is None for parameter in heads)
