@@ -2,20 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import ray
+import torch
 
 from aceray.config import Config
 from aceray.distributed.run import run
-from aceray.distributed.supervisor import known_error
+from aceray.distributed.share import Place, Share
+from aceray.distributed.supervisor import _averaged, known_error
 from aceray.errors import ClusterError, DataError, NonFiniteLoss
 from aceray.folder import RunFolder
-from aceray.train.loop import Progress
+from aceray.train.loop import Progress, Snapshot
+from aceray.train.predict import Poses
 from tests.distributed import accidents
 
 Configure = Callable[..., Config]
@@ -116,6 +119,18 @@ def test_workers_that_the_cluster_lacks(configure: Configure) -> None:
         run(configure("resources.workers=3", "train.batch=48"))
     assert "\n" not in str(error.value)
     assert not (Path(configure().runs) / "run").exists()
+
+
+def test_snapshots_stay_with_the_worker() -> None:
+    poses = Poses(torch.arange(1), torch.eye(3)[None], torch.zeros(1, 2), torch.zeros(1))
+    snapshot = Snapshot(poses, torch.zeros(2, 2, 2))
+
+    def steps() -> Generator[Progress, None, Share]:
+        yield Progress(1, 1, {"loss_total": 1.0}, 10.0, {"select/d4_consistency": 2.0}, True, snapshot)
+        return Share(poses, snapshot.volume)
+
+    (portion,) = _averaged(steps(), Place())
+    assert [(event.metrics, event.snapshot) for event in portion] == [({"select/d4_consistency": 2.0}, None)]
 
 
 def test_known_errors_are_found_in_their_wrappers() -> None:
