@@ -5,9 +5,21 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import CnnEncoder, Config, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
+from aceray.config import (
+    BackgroundNoise,
+    CnnEncoder,
+    Config,
+    ManifestNoise,
+    MlpEncoder,
+    Resnet18Encoder,
+    SirenDecoder,
+    SnrNoise,
+    VggEncoder,
+    VoxelDecoder,
+)
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
+from aceray.em.formation import noise_std_for_snr
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
 from aceray.errors import ConfigError, DataError
@@ -25,6 +37,7 @@ from aceray.models.encoder import (
     regressor,
     start_as_cryoai,
 )
+from aceray.train.background import Noise, WhiteNoise, measure_background
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Score, Trainer
@@ -121,7 +134,7 @@ def build_trainer(
         config.train.checkpoint_every,
         config.ipi.augment,
         shift_spread_px,
-        particles.manifest.noise_std / statistics.signal_std,
+        _drawn_noise(config, particles.manifest.noise_std, statistics, stack, lanes, disc),
         ShiftWeight(config.ipi.shift_l1_weight, config.train.steps, config.ipi.shift_l1_schedule),
         particles.manifest.box,
         config.ipi.loss,
@@ -230,6 +243,26 @@ def _input_filter(
     total, count = sum_over_workers(torch.stack([squares.sum(), squares.new_tensor(squares.numel())]))
     wiener.scale.copy_((total / count).sqrt())
     return wiener
+
+
+def _drawn_noise(
+    config: Config,
+    noise_std: float,
+    statistics: ImageStatistics,
+    stack: ParticleStack,
+    lanes: list[Lane],
+    disc: HalfDisc,
+) -> Noise:
+    """The noise of PIP's images, in units of the signal's standard deviation."""
+    match config.pip.noise:
+        case ManifestNoise():
+            return WhiteNoise(noise_std / statistics.signal_std)
+        case SnrNoise(snr_db=snr_db):
+            return WhiteNoise(noise_std_for_snr(1.0, snr_db))
+        case BackgroundNoise(radius_fraction=radius_fraction):
+            rows = [lane.rows for lane in lanes]
+            background = measure_background(stack.images, rows, radius_fraction, disc.radius.device)
+            return background.noise(disc, statistics.signal_std)
 
 
 def _build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Optimizer:

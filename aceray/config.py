@@ -202,6 +202,31 @@ class Ipi(Model):
         return self
 
 
+class ManifestNoise(Model):
+    """White, at the level measured when the dataset was written."""
+
+    kind: Literal["white"] = "white"
+
+
+class SnrNoise(Model):
+    """White, at a given ratio to the signal that is estimated from the images."""
+
+    kind: Literal["snr"] = "snr"
+    snr_db: float = Field(0.0, ge=-60, le=200, description="10 log10(var signal / var noise) of rendered images")
+
+
+class BackgroundNoise(Model):
+    """Mean, level and radial spectrum of the images' own backgrounds."""
+
+    kind: Literal["background"] = "background"
+    radius_fraction: float = Field(
+        0.45, ge=0.3, le=0.55, description="background is what lies farther from the centre, fraction of the box"
+    )
+
+
+PipNoise = Annotated[ManifestNoise | SnrNoise | BackgroundNoise, Field(discriminator="kind")]
+
+
 class Pip(Model):
     """Pose-image-pose: draw a pose, project the volume, predict the pose back."""
 
@@ -228,6 +253,7 @@ class Pip(Model):
         "spread",
         description="drawn with data.shift_sigma_fraction, or with the running moments of the encoder's shifts",
     )
+    noise: PipNoise = Field(default_factory=ManifestNoise, description="noise of the rendered images, ACE-EM eq. 11")
     train_decoder: bool = Field(
         False, description="let the pose loss train the volume too, through the rendered images"
     )

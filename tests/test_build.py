@@ -14,6 +14,7 @@ from aceray.errors import ConfigError, DataError
 from aceray.models.siren import SirenDecoder
 from aceray.models.voxel import RotatedVoxelDecoder, VoxelDecoder
 from aceray.presets import load_config
+from aceray.train.background import ColouredNoise, WhiteNoise
 from aceray.train.lanes import Sampler
 from aceray.train.loop import Trainer
 from aceray.train.objective import Objective
@@ -95,7 +96,7 @@ def test_every_decoder_learns_repeats_and_resumes(decoder: tuple[str, ...], part
 @pytest.mark.parametrize("decoder", [SIREN, ROTATE, ("decoder/voxel",)])
 def test_pose_loss_leaves_every_decoder_alone(decoder: tuple[str, ...], particles: ParticleSet) -> None:
     source = trainer(load_config(*SMALL, *decoder), particles)
-    images, drawn = source.sampler.images(1, False), source.sampler.poses(1, 0.0, 0.0)
+    images, drawn = source.sampler.images(1, False), source.sampler.poses(1, 0.0, WhiteNoise(0.0))
     source.objective(images, drawn)["pip"].backward()
     assert all(parameter.grad is None for parameter in source.model.decoder.parameters())
     assert all(parameter.grad is not None for parameter in source.model.encoder.rotation.parameters())
@@ -174,6 +175,35 @@ def test_one_worker_with_two_lanes_draws_what_each_lane_draws_alone(particles: P
         alone = Sampler(source.sampler.particles, [source.sampler.lanes[lane]], source.sampler.disc, 1, 4, 4)
         assert torch.equal(alone.images(1, True, "generalised").views, views[:, 4 * lane : 4 * lane + 4])
     assert len(losses(source)) == 3
+
+
+def test_noise_of_rendered_images_is_that_of_the_settings(particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL), particles)
+    signal_std = float(source.model.signal_std)
+    white, snr, background = (
+        trainer(load_config(*SMALL, f"pip.noise={noise}"), particles).plan.noise
+        for noise in ("{kind: white}", "{kind: snr, snr_db: 6}", "{kind: background, radius_fraction: 0.55}")
+    )
+    assert white == source.plan.noise == WhiteNoise(particles.manifest.noise_std / signal_std)
+    assert isinstance(snr, WhiteNoise) and snr.std == pytest.approx(10**-0.3)
+    assert isinstance(background, ColouredNoise) and background.level_spread < 0.1
+    # the set has white noise; the blobs' contrast transfer spreads some signal into its corners
+    assert float(background.std[background.disc.radius > 2].square().mean().sqrt()) == pytest.approx(white.std, rel=0.1)
+
+
+def test_background_noise_repeats_resumes_and_needs_no_second_worker(particles: ParticleSet) -> None:
+    config = load_config(*SMALL, "train.lanes=2", "pip.noise.kind=background")
+    source, again, resumed = (trainer(config, particles) for _ in range(3))
+    history = losses(source)
+    steps = again.run()
+    before = [next(steps).losses]
+    resumed.restore(*again.checkpoint())
+    assert before + losses(resumed) == history
+    assert history != losses(trainer(load_config(*SMALL, "train.lanes=2"), particles))
+    drawn = source.sampler.poses(1, 1.0, source.plan.noise).noise
+    for lane in range(2):
+        alone = Sampler(source.sampler.particles, [source.sampler.lanes[lane]], source.sampler.disc, 1, 4, 4)
+        assert torch.equal(alone.poses(1, 1.0, source.plan.noise).noise, drawn[4 * lane : 4 * lane + 4])
 
 
 def test_training_does_not_read_the_truth(particles: ParticleSet, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The settings: frozen, bounded, documented, and every file in conf/ is valid."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ CONF = Path(__file__).parent.parent / "conf"
 PRESETS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
 
 
+def dotted(written: dict, prefix: str = "") -> set[str]:
+    """Every setting of a preset by its dotted key."""
+    keys: set[str] = set()
+    for key, value in written.items():
+        keys |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return keys
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid(name: str) -> None:
     assert name in preset_names()
@@ -24,9 +33,7 @@ def test_every_preset_is_valid(name: str) -> None:
 def test_base_states_every_default() -> None:
     assert load_config("base") == Config()
     written = yaml.safe_load((CONF / "base.yaml").read_text(encoding="utf-8"))
-    stated = {f"{section}.{key}" for section, group in written.items() if isinstance(group, dict) for key in group}
-    stated |= {key for key, value in written.items() if not isinstance(value, dict)}
-    assert stated == set(flat(Config())), "base.yaml and config.py name different settings"
+    assert dotted(written) == set(flat(Config())), "base.yaml and config.py name different settings"
 
 
 def test_the_siren_preset_states_every_setting_of_that_decoder() -> None:
@@ -44,7 +51,7 @@ def test_our_best_method_leaves_nothing_to_the_defaults() -> None:
 
 
 def test_every_setting_says_what_it_means() -> None:
-    tags = {"encoder.kind", "decoder.kind"}  # the values name themselves
+    tags = {"encoder.kind", "decoder.kind", "pip.noise.kind"}  # the values name themselves
     assert [key for key, description in settings().items() if not description and key not in tags] == []
 
 
@@ -69,7 +76,7 @@ MOLECULES = {"spliceosome": ("5NRL", 544), "spike": ("pdb:6VYB", 384)}
 DECIBELS = {"200db": 200, "clean": 200, "m10db": -10, "m20db": -20, "plain": 0, "": 0}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("data/")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("data/sp")])
 def test_a_simulated_set_is_what_its_name_says(name: str) -> None:
     config = load_config(name)
     simulation = config.simulation
@@ -88,6 +95,26 @@ def test_a_simulated_set_is_what_its_name_says(name: str) -> None:
     if papers:
         # molmap at 6 A
         assert simulation.density_width_px * simulation.pixel_size_angstrom == pytest.approx(0.225 * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("box", [32, 64, 128])
+def test_the_ribosome_sets_are_crops_of_one_field_with_the_entrys_microscope(box: int) -> None:
+    config = load_config(f"data/like_10028_{box}")
+    simulation = config.simulation
+    assert simulation is not None and config.data.path == f"data/like_10028_{box}"
+    assert simulation.box * simulation.pixel_size_angstrom == pytest.approx(360 * 1.34)
+    # a molecule that nobody gave must not be another one
+    assert simulation.model == "80s.cif"
+    assert simulation.shift_sigma_fraction == config.data.shift_sigma_fraction > 0
+    # a Fourier crop keeps the noise and raises what it leaves of the signal by the ratio of the pixels
+    most = -10 + 20 * math.log10(128 / box)
+    assert most - 1.1 <= simulation.snr_db <= most + 0.1
+    if box == 128:
+        assert (simulation.ctf, simulation.particles) == (None, 105_247) and simulation.ctf_table
+        assert simulation.density_width_px * simulation.pixel_size_angstrom == pytest.approx(1.35, rel=1e-3)
+    else:
+        assert simulation.ctf_table is None and simulation.ctf is not None
+        assert simulation.ctf.spherical_aberration_mm == 2.0
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("data/spliceosome")])

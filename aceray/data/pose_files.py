@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,14 +91,14 @@ def _optics_groups(known: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     return optics, member
 
 
-def read_star(path: Path | str) -> dict[str, Float[Tensor, "n"]]:
-    """Columns of a particle STAR file that aceray knows, float64, under its own names (rot_deg, defocus_u_angstrom, …).
+def read_star(path: Path | str, names: Collection[str]) -> dict[str, Float[Tensor, "n"]]:
+    """Those of the named columns (rot_deg, defocus_u_angstrom, …) that a particle STAR file has, float64.
 
-    Per-group values are looked up by rlnOpticsGroup. Origins in pixels (RELION 3.0) are turned into angstrom where the
-    optics table states rlnImagePixelSize. Raises DataError when the file is missing, is no STAR file, or refers to an
-    optics group that it does not describe.
+    Per-group values are looked up by rlnOpticsGroup; files without groups (RELION 3.0) have them in every row. Origins
+    in pixels, of such files too, are turned into angstrom where rlnImagePixelSize is stated. Raises DataError when the
+    file is missing, is no STAR file, refers to an optics group that it does not describe, or lacks the pixel size.
     """
-    return _known_columns(path, _joined(Path(path)))
+    return _known_columns(path, _joined(Path(path)), names)
 
 
 def read_poses(
@@ -124,7 +125,7 @@ def read_poses_star(
     assigned to particles.
     """
     table = _joined(Path(path))
-    columns = _known_columns(path, table)
+    columns = _known_columns(path, table, [*_PARTICLE_COLUMNS.values()][:5])
     missing = [name for name, ours in list(_PARTICLE_COLUMNS.items())[:3] if ours not in columns]
     if missing:
         raise DataError(f"{path}: lacks the column {missing[0]}; give a file with refined poses.")
@@ -322,10 +323,11 @@ def _checked_numbers(
     return number
 
 
-def _known_columns(path: Path | str, particles: pd.DataFrame) -> dict[str, Float[Tensor, "n"]]:
-    found = {ours: particles[name] for name, ours in (_PARTICLE_COLUMNS | _OPTICS_COLUMNS).items() if name in particles}
+def _known_columns(path: Path | str, particles: pd.DataFrame, names: Collection[str]) -> dict[str, Float[Tensor, "n"]]:
+    known = _PARTICLE_COLUMNS | _OPTICS_COLUMNS
+    found = {ours: particles[name] for name, ours in known.items() if name in particles and ours in names}
     for name, ours in _OLD_ORIGINS.items():
-        if name in particles and ours not in found:
+        if name in particles and ours in names and ours not in found:
             if "rlnImagePixelSize" not in particles:
                 raise DataError(f"{path}: {name} is in pixels and no rlnImagePixelSize is given; convert the file.")
             found[ours] = particles[name] * particles["rlnImagePixelSize"]

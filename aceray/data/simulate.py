@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,20 +279,23 @@ def _draw_ctf(plan: Plan, rows: Int[Tensor, "n"], stream: int) -> CtfParameters 
 def _read_tables(recipe: Recipe) -> dict[str, Tensor]:
     table: dict[str, Tensor] = {}
     if recipe.pose_table is not None:
-        found = _read_table(recipe.pose_table, ANGLES, recipe.particles)
-        table |= {name: found[name] for name in (*ANGLES, *ORIGINS) if name in found}
+        table |= _read_table(recipe.pose_table, (*ANGLES, *ORIGINS), ANGLES, recipe.particles)
     if recipe.ctf_table is not None:
-        found = _read_table(recipe.ctf_table, tuple(CTF_UNITS), recipe.particles)
-        table |= {name: found[name] for name in CTF_UNITS}
+        if not Path(recipe.ctf_table).expanduser().exists():
+            raise DataError(
+                f"simulation.ctf_table: {recipe.ctf_table} is not there; give a particle STAR file, such as "
+                "shiny_2sets.star of EMPIAR-10028, or a Parquet table (conf/README.md makes one of cryoDRGN's ctf.pkl)."
+            )
+        needed = tuple(name for name in CTF_UNITS if name != "phase_shift_deg")
+        found = _read_table(recipe.ctf_table, CTF_UNITS, needed, recipe.particles)
+        table |= {"phase_shift_deg": torch.zeros_like(found[needed[0]])} | found
     return table
 
 
-def _read_table(path: str, needed: tuple[str, ...], particles: int) -> dict[str, Tensor]:
-    """Columns of a STAR or Parquet file under our names. Raises DataError when it cannot serve."""
+def _read_table(path: str, names: Collection[str], needed: Sequence[str], particles: int) -> dict[str, Tensor]:
+    """Those of the named columns that a STAR or Parquet file has. Raises DataError when it cannot serve."""
     file = Path(path).expanduser()
-    columns = read_star(file) if file.suffix == ".star" else _read_parquet(file)
-    if needed[0] != ANGLES[0] and "phase_shift_deg" not in columns and columns:
-        columns["phase_shift_deg"] = torch.zeros_like(next(iter(columns.values())))
+    columns = read_star(file, names) if file.suffix == ".star" else _read_parquet(file, names)
     missing = [name for name in needed if name not in columns]
     if missing:
         raise DataError(f"{path}: lacks the column {missing[0]} (or its RELION name); {', '.join(needed)} are needed.")
@@ -305,12 +308,12 @@ def _read_table(path: str, needed: tuple[str, ...], particles: int) -> dict[str,
     return columns
 
 
-def _read_parquet(path: Path) -> dict[str, Tensor]:
-    known = {prefix + name: name for prefix in ("true_", "") for name in (*ANGLES, *ORIGINS, *CTF_UNITS)}
+def _read_parquet(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    known = {prefix + name: name for prefix in ("true_", "") for name in names}
     try:
-        names = [name for name in pq.read_schema(path).names if name in known]
-        table = pq.read_table(path, columns=names)
-        return {known[name]: torch.from_numpy(np.array(table[name].to_numpy(), dtype=np.float64)) for name in names}
+        stored = [name for name in pq.read_schema(path).names if name in known]
+        table = pq.read_table(path, columns=stored)
+        return {known[name]: torch.from_numpy(np.array(table[name].to_numpy(), dtype=np.float64)) for name in stored}
     except OSError as error:
         raise storage_error(path, error, "read") from error
     except (pa.ArrowException, ValueError, TypeError) as error:

@@ -14,6 +14,7 @@ from aceray.em.dihedral import ELEMENTS, HALF_TURN, coefficient_tables, transfor
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
+from aceray.train.background import Noise
 from aceray.train.objective import Batch, DrawnPoses
 from aceray.train.predict import Particles
 
@@ -59,15 +60,15 @@ class Sampler:
             ctf = None if ctf is None else ctf.gather(1, self._tables[0][element])
         return Batch(coefficients, ctf, self._views(step, loss, index.device))
 
-    def poses(self, step: int, shift_spread_px: float, noise_std: float) -> DrawnPoses:
-        """Uniform rotations, Gaussian shifts, contrast transfer of random particles, white noise (ACE-EM eq. 11)."""
-        rotation, shift, index, noise = zip(*(self._draw(lane, step) for lane in self.lanes), strict=True)
+    def poses(self, step: int, shift_spread_px: float, noise: Noise) -> DrawnPoses:
+        """Uniform rotations, Gaussian shifts, contrast transfer of random particles, noise (ACE-EM eq. 11)."""
+        rotation, shift, index, drawn = zip(*(self._draw(lane, step, noise) for lane in self.lanes), strict=True)
         device = self.disc.radius.device
         return DrawnPoses(
             torch.cat(rotation).to(device),
             torch.cat(shift).to(device) * shift_spread_px,
             self.particles.transfer(torch.cat(index).to(device), self.disc),
-            torch.cat(noise) * noise_std,
+            torch.cat(drawn),
         )
 
     def _rows(self, lane: Lane, step: int) -> Tensor:
@@ -104,7 +105,7 @@ class Sampler:
             pairs.append(torch.randint(ELEMENTS, (2, self.batch), generator=generator))
         return torch.cat(pairs, 1).to(device)
 
-    def _draw(self, lane: Lane, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self, lane: Lane, step: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = named_generator("train/pip", self.seed, lane.number, step)
         rotation = random_rotations(self.drawn, generator)
         shift = torch.randn(self.drawn, 2, generator=generator)
@@ -113,5 +114,6 @@ class Sampler:
         device = self.disc.radius.device
         large = named_generator("train/noise", self.seed, lane.number, step, device=device)
         # complex normal numbers have unit variance, as the orthonormal transform of unit white noise has
-        noise = torch.randn(self.drawn, len(self.disc), dtype=torch.complex64, generator=large, device=device)
-        return rotation, shift, index, noise
+        normal = torch.randn(self.drawn, len(self.disc), dtype=torch.complex64, generator=large, device=device)
+        levels = named_generator("train/background", self.seed, lane.number, step)
+        return rotation, shift, index, noise.shaped(normal, levels)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aceray.errors import DataError, NonFiniteLoss
+from aceray.train.background import Noise
 from aceray.train.lanes import Loss, Sampler
 from aceray.train.objective import Objective
 from aceray.train.predict import Particles, Poses, calibrate_normalisation, predict
@@ -56,7 +57,7 @@ class Plan:
     checkpoint_every: int
     augment: bool
     shift_spread_px: float
-    noise_std: float
+    noise: Noise
     shift_weight: ShiftWeight
     stored_box: int
     loss: Loss = "mse"
@@ -181,7 +182,7 @@ class Trainer:
         """One optimiser step on the weighted sum of both tasks (ACE-EM eqs. 8 and 14)."""
         plan = self.plan
         ipi_weight, pip_weight = plan.weights.at(step - 1)
-        drawn = self.sampler.poses(step, plan.shift_spread_px, plan.noise_std) if pip_weight > 0 else None
+        drawn = self.sampler.poses(step, plan.shift_spread_px, plan.noise) if pip_weight > 0 else None
         batch = None
         if drawn is None or not plan.weights.alternating:
             batch = self.sampler.images(plan.weights.image_steps(step), plan.augment, plan.loss)

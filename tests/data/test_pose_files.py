@@ -16,6 +16,8 @@ from aceray.errors import DataError
 from tests.data.conftest import BOX, PIXEL_SIZE, example_rows
 from tests.references.density import rotation_from_angles
 
+NAMES = ("rot_deg", "tilt_deg", "psi_deg", "origin_x_angstrom", "origin_y_angstrom", *CTF_UNITS)
+
 
 def some_poses(count=400):
     generator = named_generator("test/poses", 1)
@@ -26,7 +28,7 @@ def test_poses_come_back_through_a_star_file(write_example, tmp_path):
     particles = write_example()
     rotation, shift_px = some_poses()
     write_poses_star(tmp_path / "poses.star", rotation, shift_px, particles)
-    found = read_star(tmp_path / "poses.star")
+    found = read_star(tmp_path / "poses.star", NAMES)
     again = rotation_from_relion(found["rot_deg"], found["tilt_deg"], found["psi_deg"])
     assert_close(again.float(), rotation, atol=1e-5, rtol=0)
     origin = torch.stack([found["origin_x_angstrom"], found["origin_y_angstrom"]], dim=1)
@@ -70,7 +72,7 @@ def test_every_distinct_microscope_is_an_optics_group(write_example, tmp_path):
 def test_a_set_without_ctf_has_poses_only(write_example, tmp_path):
     particles = write_example(ctf=False)
     write_poses_star(tmp_path / "poses.star", *some_poses(), particles)
-    found = read_star(tmp_path / "poses.star")
+    found = read_star(tmp_path / "poses.star", NAMES)
     assert sorted(found) == ["origin_x_angstrom", "origin_y_angstrom", "psi_deg", "rot_deg", "tilt_deg"]
 
 
@@ -103,18 +105,49 @@ _rlnOpticsGroup
 
 def test_values_of_the_group_are_looked_up_by_its_number(tmp_path):
     (tmp_path / "a.star").write_text(STAR)
-    found = read_star(tmp_path / "a.star")
+    found = read_star(tmp_path / "a.star", NAMES)
     assert found["voltage_kv"].tolist() == [300.0, 200.0]
     # origins in pixels become angstrom
     assert found["origin_x_angstrom"].tolist() == [1.5, 2.0]
     assert found["origin_y_angstrom"].tolist() == [3.0, 4.0]
 
 
+# RELION 3.0: no groups, an unnamed block, origins in pixels whose size is stated by other columns
+OLD_STAR = """
+data_
+
+loop_
+_rlnImageName #1
+_rlnDefocusU #2
+_rlnDefocusV #3
+_rlnDefocusAngle #4
+_rlnVoltage #5
+_rlnSphericalAberration #6
+_rlnAmplitudeContrast #7
+_rlnMagnification #8
+_rlnDetectorPixelSize #9
+_rlnOriginX #10
+_rlnOriginY #11
+000001@a.mrcs 15301.1 14916.4 5.28 300 2.0 0.1 104478 14 1.5 -2
+000002@a.mrcs 15303.0 14918.4 5.28 300 2.0 0.1 104478 14 0.5 3
+"""
+
+
+def test_a_file_without_optics_groups_gives_its_ctfs_whatever_its_origins(tmp_path):
+    (tmp_path / "old.star").write_text(OLD_STAR)
+    found = read_star(tmp_path / "old.star", CTF_UNITS)
+    assert found["defocus_u_angstrom"].tolist() == [15301.1, 15303.0]
+    assert found["spherical_aberration_mm"].tolist() == [2.0, 2.0]
+    assert set(found) == set(CTF_UNITS) - {"phase_shift_deg"}
+    with pytest.raises(DataError, match="rlnOriginX is in pixels"):
+        read_star(tmp_path / "old.star", ["origin_x_angstrom"])
+
+
 def test_a_single_optics_group_may_be_a_simple_block(tmp_path):
     blocks = STAR.split("data_particles")
     simple = "data_optics\n\n_rlnOpticsGroup 3\n_rlnVoltage 120.0\n_rlnImagePixelSize 1.0\n\ndata_particles"
     (tmp_path / "a.star").write_text(simple + blocks[1].replace(" 7\n", " 3\n"))
-    assert read_star(tmp_path / "a.star")["voltage_kv"].tolist() == [120.0, 120.0]
+    assert read_star(tmp_path / "a.star", NAMES)["voltage_kv"].tolist() == [120.0, 120.0]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +165,7 @@ def test_a_star_file_that_cannot_serve_is_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "a.star").write_text(text)
     with pytest.raises(DataError, match=message) as caught:
-        read_star(tmp_path / "a.star")
+        read_star(tmp_path / "a.star", NAMES)
     assert "a.star" in str(caught.value) and "\n" not in str(caught.value)
 
 

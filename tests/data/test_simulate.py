@@ -294,6 +294,23 @@ def test_a_star_file_serves_as_a_table(molecule, tmp_path):
     assert columns["true_tilt_deg"][5] == 25 and columns["true_origin_y_angstrom"][5] == -0.5
 
 
+def test_a_star_file_of_relion_3_0_serves_as_a_table_of_ctfs(molecule, tmp_path):
+    names = ["DefocusU", "DefocusV", "DefocusAngle", "Voltage", "SphericalAberration", "AmplitudeContrast", "OriginX"]
+    rows = [f"{9000 + 10 * i} {8000 + 10 * i} {i} 300 2.0 0.1 {i}" for i in range(40)]
+    head = "data_\n\nloop_\n" + "".join(f"_rln{name} #{1 + i}\n" for i, name in enumerate(names))
+    (tmp_path / "old.star").write_text(head + "\n".join(rows) + "\n")
+    _, columns = all_images(plan(recipe_of(molecule, ctf=None, ctf_table=str(tmp_path / "old.star"))))
+    np.testing.assert_array_equal(columns["defocus_u_angstrom"], 9000 + 10 * np.arange(40))
+    np.testing.assert_array_equal(columns["astigmatism_deg"], np.arange(40))
+    assert set(columns["spherical_aberration_mm"]) == {2.0} and set(columns["phase_shift_deg"]) == {0.0}
+
+
+def test_a_missing_table_of_ctfs_says_where_one_is(molecule, tmp_path):
+    with pytest.raises(DataError, match=r"simulation\.ctf_table: .*gone\.star is not there; .*EMPIAR-10028") as caught:
+        plan(recipe_of(molecule, ctf=None, ctf_table=str(tmp_path / "gone.star")))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

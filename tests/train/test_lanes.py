@@ -6,10 +6,12 @@ from torch.testing import assert_close
 from aceray.em.dihedral import element_rotations
 from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
+from aceray.train.background import ColouredNoise, WhiteNoise
 from aceray.train.lanes import Lane, Sampler
 from tests.train.phantom import BOX, projections
 
 COUNT, BATCH = 20, 6
+NOISE = WhiteNoise(0.5)
 
 
 def sampler(lanes: int = 2, seed: int = 1) -> Sampler:
@@ -35,10 +37,10 @@ def test_every_lane_sees_each_of_its_particles_once_an_epoch() -> None:
 
 
 def test_a_step_can_be_drawn_again_in_any_order() -> None:
-    first = {step: (names(sampler(), step), sampler().poses(step, 1.0, 0.5)) for step in (3, 1)}
+    first = {step: (names(sampler(), step), sampler().poses(step, 1.0, NOISE)) for step in (3, 1)}
     source = sampler()
     for step in (1, 2, 3):
-        batch, poses = names(source, step), source.poses(step, 1.0, 0.5)
+        batch, poses = names(source, step), source.poses(step, 1.0, NOISE)
         if step in first:
             assert batch == first[step][0]
             assert_close(poses.rotation, first[step][1].rotation)
@@ -46,10 +48,10 @@ def test_a_step_can_be_drawn_again_in_any_order() -> None:
 
 
 def test_seeds_steps_and_lanes_draw_different_poses() -> None:
-    one = sampler().poses(1, 1.0, 0.5)
+    one = sampler().poses(1, 1.0, NOISE)
     others = [
-        sampler().poses(2, 1.0, 0.5).rotation,
-        sampler(seed=2).poses(1, 1.0, 0.5).rotation,
+        sampler().poses(2, 1.0, NOISE).rotation,
+        sampler(seed=2).poses(1, 1.0, NOISE).rotation,
         one.rotation.roll(4, 0),
     ]
     for other in others:
@@ -61,13 +63,31 @@ def test_a_lane_draws_the_same_whoever_else_is_there() -> None:
     particles.coefficients[:, 0] = torch.arange(COUNT).to(torch.complex64)
     alone = Sampler(particles, [Lane(1, torch.arange(1, COUNT, 2))], HalfDisc(BOX), 1, BATCH, 4)
     assert names(alone, 2) == names(both, 2)[BATCH:]
-    assert_close(alone.poses(2, 1.0, 0.5).noise, both.poses(2, 1.0, 0.5).noise[4:])
+    assert_close(alone.poses(2, 1.0, NOISE).noise, both.poses(2, 1.0, NOISE).noise[4:])
+
+
+def test_levels_of_the_noise_are_drawn_by_seed_lane_and_step() -> None:
+    disc = HalfDisc(BOX)
+    noise = ColouredNoise(torch.zeros(len(disc)), 0.0, 0.0, 1.0, disc)
+
+    def means(source: Sampler, step: int = 1) -> torch.Tensor:
+        return source.poses(step, 1.0, noise).noise[:, disc.radius == 0].real[:, 0]
+
+    both = means(sampler())
+    assert len(both.unique()) == len(both)
+    assert torch.equal(both, means(sampler()))
+    for other in (means(sampler(), 2), means(sampler(seed=2))):
+        assert not torch.isin(other, both).any()
+    alone = Sampler(projections(COUNT)[0], [Lane(1, torch.arange(1, COUNT, 2))], disc, 1, BATCH, 4)
+    assert torch.equal(means(alone), both[4:])
+    # the level leaves the rest of a step as it is
+    assert torch.equal(sampler().poses(1, 1.0, noise).rotation, sampler().poses(1, 1.0, NOISE).rotation)
 
 
 def test_noise_and_shifts_have_the_asked_spread() -> None:
     source = sampler()
     source.drawn = 4000
-    poses = source.poses(1, 1.7, 0.5)
+    poses = source.poses(1, 1.7, NOISE)
     assert_close(float(poses.noise.abs().square().mean()), 0.25, rtol=0.01, atol=0)
     assert_close(float(poses.shift_px.std()), 1.7, rtol=0.03, atol=0)
 

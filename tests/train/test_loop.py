@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.errors import DataError, NonFiniteLoss
+from aceray.train.background import WhiteNoise
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Trainer
 from aceray.train.objective import Objective, ShiftMoments
@@ -55,7 +56,7 @@ def trainer(
         4,
         True,
         1.0,
-        0.1,
+        WhiteNoise(0.1),
         ShiftWeight(0.01, STEPS),
         BOX,
     )
