@@ -306,7 +306,8 @@ def trial_name(study: Study, point: Mapping[str, Any], number: int) -> str:
     """Name of a trial and of its folder, the same whenever the study is continued: its values, or its number."""
     if study.search.kind != "grid":
         return f"t{number:04d}"
-    words = [_word(study, key, value) for key, value in point.items()]
+    # what all trials share, or depends on the others alone, tells nothing
+    words = [_word(study, key, value) for key, value in point.items() if len(study.space[key].values) > 1]
     return "-".join(words)[:100].rstrip("-._") or "trial"
 
 

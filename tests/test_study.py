@@ -106,6 +106,11 @@ def test_a_name_does_not_depend_on_what_else_is_in_the_grid(folder: Path) -> Non
     assert trial_name(small, {"pip.weight": 2.0}, 1) == trial_name(large, {"pip.weight": 2.0}, 2)
 
 
+def test_a_name_tells_only_what_is_varied(folder: Path) -> None:
+    study = load_study(written(folder), "space.seed=[3]")
+    assert [trial_name(study, point, 0) for point in grid(study)] == ["weight_0.0", "weight_2.0"]
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
