@@ -30,6 +30,10 @@ def journal(folder: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in row if key != "train/particles_per_second"} for row in rows]
 
 
+def losses(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith("train/")}
+
+
 def test_a_worker_killed_on_the_way_changes_nothing(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +72,9 @@ def test_two_workers_do_what_one_does_with_two_lanes(configure: Configure, setti
     one = run(configure("name=one", "train.lanes=2", *quick))
     two = run(configure("name=two", "resources.workers=2", *quick))
     for ours, theirs in zip(journal(two.folder), journal(one.folder), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4)
+        # each worker evaluates particles of its own
+        assert set(ours) == set(theirs)
+        assert losses(ours) == pytest.approx(losses(theirs), rel=2e-4)
     np.testing.assert_allclose(two.volume, one.volume, atol=2e-3 * np.abs(one.volume).max())
     assert two.poses["particle_id"].tolist() == list(range(1024))
     # the same checkpoint of two workers goes on in one process with both lanes
