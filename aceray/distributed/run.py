@@ -23,7 +23,7 @@ from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
-from aceray.tracking import Tracker, software_tags, start_tracking
+from aceray.tracking.run import Tracker, software_tags, start_tracking
 from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress

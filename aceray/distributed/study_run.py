@@ -4,6 +4,7 @@ The trials' folders are the truth about them (trial.py), so a study that was int
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import time
@@ -11,16 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aceray.build import lane_count
 from aceray.config import Config
-from aceray.data.particles import ParticleSet, ParticleStack, open_particles
+from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import storage_error, written_atomically
-from aceray.distributed import prepare
 from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
+from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
 from aceray.distributed.trial import (
     ENDED,
     Trial,
@@ -35,13 +36,10 @@ from aceray.em.random import named_generator
 from aceray.errors import AcerayError, ConfigError, DataError
 from aceray.folder import write_json
 from aceray.presets import to_yaml, with_overrides
-from aceray.study import CRITERIA, Dimension, Point, Study, applicable, grid, load_study, trial_name
-
-if TYPE_CHECKING:
-    from aceray.distributed.prepare import SimulationProgress
+from aceray.study import Dimension, Point, Study, applicable, grid, load_study, trial_name
+from aceray.tracking.study import StudyTracker, start_study_tracking
 
 OnEvent = Callable[[TrialEvent], None]
-OnSimulation = Callable[["SimulationProgress"], None]
 HERE = "none"
 """The address of a study that runs in this process, trial by trial, without Ray."""
 # What may change when a study goes on: how much of it is done, and what is shown.
@@ -57,6 +55,7 @@ class StudyResult:
     trials: dict[str, dict[str, Any]]
     paths: dict[str, Path]
     mlflow_run_id: str | None = None
+    tracking_uri: str | None = None
 
     def count(self, status: str) -> int:
         """How many trials have that status."""
@@ -84,12 +83,17 @@ def run_study(
     with ended_by_sigterm():
         with _opened(study, resume) as folder:
             trials = [] if study.search.kind == "optuna" else list_trials(study, folder, address)
-            digests = _prepare_data(study, trials or _sample(study, folder), on_simulation)
-            _check_digests(folder, digests)
+            asked = trials or _sample(study, folder)
+            digests = prepare_data(study, asked, on_simulation)
+            check_digests(folder, digests, read_study_notes(folder).get("datasets", {}))
             _write_study(study, folder)
         _write_study_notes(folder, datasets=digests)
-        _run_trials(study, folder, trials, address, on_event or (lambda event: None))
-        return read_study_result(study, folder)
+        tags = {"aceray.dataset_sha256": ", ".join(sorted(set(digests.values())))}
+        with start_study_tracking(asked[0].configs[0], study.name, folder, tags) as tracker:
+            _run_trials(study, folder, trials, address, _tracked(tracker, folder, on_event))
+            result = read_study_result(study, folder)
+            _summarise(tracker, result)
+        return dataclasses.replace(result, mlflow_run_id=tracker.run_id, tracking_uri=tracker.uri)
 
 
 def open_study(folder: str | Path) -> StudyResult:
@@ -106,13 +110,52 @@ def open_study(folder: str | Path) -> StudyResult:
 
 def read_study_result(study: Study, folder: Path) -> StudyResult:
     """Write the leaderboard, the tables and the figures from the trials' folders."""
-    notes = {path.parent.name: read_notes(path.parent) for path in (folder / "trials").glob("*/trial.json")}
+    notes = {path.name: read_notes(path) for path in _trial_folders(folder)}
     trials = dict(sorted(notes.items(), key=lambda item: item[1]["number"]))
     return StudyResult(study, folder, trials, _write_results(study, folder))
 
 
 def _write_results(study: Study, folder: Path) -> dict[str, Path]:
     return {}
+
+
+def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> OnEvent:
+    """What happens on an event: the tracker follows the trial, then the caller is told."""
+    for trial in _trial_folders(folder):  # what a killed study could not send any more
+        tracker.follow(trial)
+
+    def follow(event: TrialEvent) -> None:
+        tracker.follow(folder / "trials" / event.name)
+        if on_event is not None:
+            on_event(event)
+
+    return follow
+
+
+def _summarise(tracker: StudyTracker, result: StudyResult) -> None:
+    for trial in _trial_folders(result.folder):  # what an outage kept back
+        tracker.follow(trial)
+    leaderboard = result.paths.get("leaderboard_md")
+    note = leaderboard.read_text(encoding="utf-8") if leaderboard else result.study.description
+    best = best_trial(result)
+    paths = [_study_file(result.folder), *result.paths.values()]
+    tracker.summarise(paths, note, result.folder / "trials" / best if best else None)
+
+
+def best_trial(result: StudyResult) -> str | None:
+    """Name of the finished trial that is best by the first objective."""
+    objective = result.study.objective[0]
+    values = {
+        name: value
+        for name, notes in result.trials.items()
+        if notes["status"] == "finished" and (value := notes["metrics"].get(objective.metric)) is not None
+    }
+    choose = min if objective.direction == "min" else max
+    return choose(values, key=values.__getitem__) if values else None
+
+
+def _trial_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in (folder / "trials").glob("*/trial.json"))
 
 
 # ---- the folder
@@ -237,70 +280,6 @@ def _in_this_process(trial: Trial) -> Trial:
         for config in trial.configs
     )
     return Trial(trial.number, trial.name, trial.point, configs, trial.folder)
-
-
-# ---- data sets
-
-
-def _prepare_data(study: Study, trials: list[Trial], on_simulation: OnSimulation | None) -> dict[str, str]:
-    """Check what the trials need of their data sets, simulate those that are not there; returns digests by path."""
-    configs: dict[str, Config] = {}
-    for trial in trials:
-        config = trial.configs[0]
-        _check_settings(study, config)
-        first = configs.setdefault(config.data.path, config)
-        if first.simulation != config.simulation:
-            raise ConfigError(
-                f"data.path: {config.data.path} would hold another data set for each trial, since the space varies "
-                "its simulation; vary data.path along with it, for example by presets"
-            )
-    digests = {}
-    for path, config in configs.items():
-        if config.simulation is not None:
-            prepare.simulate(config, "keep", on_simulation)
-        particles = open_particles(path)
-        _check_truth(study, particles)
-        digests[path] = particles.manifest.sha256
-    return digests
-
-
-def _check_settings(study: Study, config: Config) -> None:
-    held_out = getattr(config.data, "heldout_fraction", 0.0)
-    for objective in study.objective:
-        if CRITERIA[objective.metric].needs == "heldout" and not held_out:
-            raise ConfigError(
-                f"objective: {objective.metric} needs particles that training never sees; set data.heldout_fraction, "
-                "for example to 0.1"
-            )
-        if objective.metric.startswith("select/residual") and held_out:
-            raise ConfigError(
-                f"objective: with data.heldout_fraction={held_out:g} the residual is that of held-out particles; use "
-                f"{objective.metric.replace('residual_', 'heldout_').replace('residual', 'heldout_loss')}"
-            )
-
-
-def _check_truth(study: Study, particles: ParticleSet) -> None:
-    for objective in study.objective:
-        if CRITERIA[objective.metric].needs != "truth":
-            continue
-        what = "volume" if objective.metric.startswith("fsc/") else "poses"
-        known = particles.manifest.truth_volume if what == "volume" else particles.read_truth()
-        if known is None:
-            free = ", ".join(name for name, each in CRITERIA.items() if not each.needs and name.startswith("select/"))
-            raise ConfigError(
-                f"objective: {objective.metric} compares with the true {what}, which {particles.path} does not hold; "
-                f"choose one without truth, such as {free}"
-            )
-
-
-def _check_digests(folder: Path, digests: dict[str, str]) -> None:
-    before = read_study_notes(folder).get("datasets", {})
-    for path, digest in digests.items():
-        if before.get(path, digest) != digest:
-            raise DataError(
-                f"{path}: not the particles that the study in {folder} began with (sha256 {digest[:12]}, then "
-                f"{before[path][:12]}); put those back, or start a new study (name=...)"
-            )
 
 
 # ---- trials

@@ -25,7 +25,7 @@ from aceray.errors import AcerayError, DataError
 from aceray.folder import RunFolder, check_same_settings, finite_or_none, write_json
 from aceray.presets import to_yaml, with_overrides
 from aceray.study import Point, Study, config_of, trial_name
-from aceray.tracking import Tracker
+from aceray.tracking.run import Tracker
 from aceray.train.loop import Progress
 from aceray.train.predict import Poses
 
@@ -68,7 +68,10 @@ class Report:
 
 @dataclass(frozen=True)
 class TrialEvent:
-    """Something happened to a trial: its status changed, or it has evaluated (`report`)."""
+    """Something happened to a trial: its status changed, or it has evaluated (`report`).
+
+    Sent when trial.json in the trial's folder has the same status, for what follows the folders.
+    """
 
     name: str
     number: int

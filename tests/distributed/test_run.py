@@ -25,7 +25,7 @@ from aceray.em.rotation import rotation_from_relion
 from aceray.errors import ClusterError, ConfigError, DataError, NonFiniteLoss
 from aceray.folder import RunFolder, RunResult, create_run_folder
 from aceray.presets import load_config
-from aceray.tracking import Tracker
+from aceray.tracking.run import Tracker
 from aceray.train.loop import Progress
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import BOX, PIXEL_SIZE, write_particles
