@@ -44,9 +44,10 @@ class Make:
     def __init__(self, folder: Path, particles: ParticleSet) -> None:
         self.folder, self.particles = folder, particles
         self.defaults: dict[str, object] = {}
+        self.more: tuple[str, ...] = ()
 
     def __call__(self, *overrides: str, **keys: object) -> Study:
-        base = [*QUICK, *STEPS, f"data.path={self.particles.path}"]
+        base = [*QUICK, *STEPS, f"data.path={self.particles.path}", *self.more]
         found = {
             "name": "tiny",
             "studies": str(self.folder / "studies"),
