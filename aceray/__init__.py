@@ -16,18 +16,32 @@ import aceray.train as _train_package
 if TYPE_CHECKING:
     from aceray.api import (
         OnProgress,
+        compare,
         evaluate,
         evaluate_half_maps,
         evaluate_with_oracle,
         load_config,
+        load_study,
         score,
         simulate,
         train,
+        tune,
     )
     from aceray.config import Config
     from aceray.folder import Existing, RunResult
 
-__all__ = ["evaluate", "evaluate_half_maps", "evaluate_with_oracle", "load_config", "score", "simulate", "train"]
+__all__ = [
+    "compare",
+    "evaluate",
+    "evaluate_half_maps",
+    "evaluate_with_oracle",
+    "load_config",
+    "load_study",
+    "score",
+    "simulate",
+    "train",
+    "tune",
+]
 
 
 class _TrainVerb(ModuleType):

@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from aceray.config import Config
 from aceray.errors import ConfigError
 from aceray.presets import load_config
+from aceray.study import Study, load_study
 
 if TYPE_CHECKING:
+    from aceray.distributed.study_run import StudyResult
     from aceray.folder import Existing, RunResult
 
 __all__ = [
     "OnProgress",
+    "compare",
     "evaluate",
     "evaluate_half_maps",
     "evaluate_with_oracle",
     "load_config",
+    "load_study",
     "score",
     "simulate",
     "train",
+    "tune",
 ]
 
 OnProgress = Callable[[Any], None]
@@ -114,3 +119,39 @@ def score(dataset: str | Path, poses: str | Path, volume: str | Path) -> dict[st
     from aceray.distributed import results
 
     return results.score_files(dataset, poses, volume)
+
+
+def tune(
+    study: Study | str,
+    *overrides: str,
+    address: str = "local",
+    resume: bool = False,
+    on_event: OnProgress | None = None,
+    on_simulation: OnProgress | None = None,
+) -> "StudyResult":
+    """Run a study (`study/smoke`, a path, or what `load_study` gave); everything is in its folder `studies/<name>`.
+
+    `address` is `local` (a Ray of its own), that of a cluster, or `none`: in this process, one trial after another.
+    With `resume` an earlier study of that name goes on. `on_event` is called with the `TrialEvent` of every evaluation
+    and change of status, `on_simulation` after every shard of a data set that is made.
+
+    Raises:
+        ConfigError: the study has a mistake, its data cannot give the objective, or it is not the one to resume.
+        DataError: a data set or the study's folder is missing, damaged, not free, or cannot be written.
+        ClusterError: Ray cannot give what the trials ask for.
+    """
+    from aceray.distributed import study_run
+
+    whole = load_study(study, *overrides) if isinstance(study, str) else study
+    return study_run.run_study(whole, address, resume, on_event, on_simulation)
+
+
+def compare(study_folder: str | Path) -> "StudyResult":
+    """Write the leaderboard, the tables and the figures of an earlier study again.
+
+    Raises:
+        DataError: this is no folder of a study.
+    """
+    from aceray.distributed import study_run
+
+    return study_run.open_study(study_folder)

@@ -2,24 +2,24 @@
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from aceray import api
+from aceray.display import RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
 
 if TYPE_CHECKING:
+    from aceray.distributed.study_run import StudyResult
     from aceray.folder import RunResult
 
 USER_ERROR = 2
@@ -68,7 +68,7 @@ def simulate(
     """Make a dataset of noisy projections of an atomic model."""
     with _readable(f"to make the dataset: {_again('simulate', settings, existing)}"):
         config = api.load_config(*settings)
-        with _Display("simulate", "particles") as display:
+        with RunDisplay("simulate", "particles") as display:
             folder = api.simulate(config, existing, display.simulated)
     print(f"dataset      {_from_here(folder)}")
 
@@ -83,7 +83,7 @@ def train(
     """Reconstruct a volume and the pose of every particle."""
     with _readable(f"to go on from the last checkpoint: {_again('train', settings, 'resume')}"):
         config = api.load_config(*settings)
-        with _Display(config.name, "steps", config.train.steps) as display:
+        with RunDisplay(config.name, "steps", config.train.steps) as display:
             result = api.train(config, existing, display.trained)
     _print_result(result)
 
@@ -118,11 +118,43 @@ def evaluate(
         if half_map:
             result = api.evaluate_half_maps(run_folder, half_map, mask)
         elif oracle:
-            with _Display("oracle", "particles") as display:
+            with RunDisplay("oracle", "particles") as display:
                 result = api.evaluate_with_oracle(run_folder, None, display.searched)
         else:
             result = api.evaluate(run_folder)
     _print_result(result)
+
+
+@app.command()
+def tune(
+    study: Annotated[str, typer.Argument(help="a study: `smoke`, or the path of a YAML file")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="of the study (`search.trials=8`) or, any other key, of all trials"),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="local: a Ray of its own; auto, ray://...: a cluster; none: in this process, no Ray")
+    ] = "local",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the study of that name")] = False,
+) -> None:
+    """Compare settings: run a study's trials, here or on a cluster, and rank them."""
+    settings = settings or []
+    again = shlex.join(["aceray", "tune", study, *settings, *([] if address == "local" else ["--address", address])])
+    with _readable(f"to go on: {again} --resume"):
+        whole = api.load_study(study, *settings)
+        with StudyDisplay(whole.objective[0].metric) as display:
+            result = api.tune(
+                whole, address=address, resume=resume, on_event=display.happened, on_simulation=display.simulated
+            )
+    _print_study(result)
+
+
+@app.command()
+def compare(study_folder: Annotated[str, typer.Argument(help="folder of a study, for example studies/smoke")]) -> None:
+    """Rank the trials of an earlier study again and renew its leaderboard, tables and figures."""
+    with _readable("to start again, repeat the command"):
+        result = api.compare(study_folder)
+    _print_study(result)
 
 
 def _again(verb: str, settings: list[str], existing: str) -> str:
@@ -142,57 +174,24 @@ def _readable(advice: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-class _Display:
-    """In a terminal a progress bar and the latest numbers; everywhere a line for every evaluation."""
-
-    def __init__(self, title: str, unit: str, total: int | None = None) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
-        self.task = self.bar.add_task(title, total=total)
-        self.numbers = Text("starting", no_wrap=True, overflow="ellipsis")
-        self.live = Live(Group(self.bar, self.numbers), console=self.console, transient=True)
-
-    def __enter__(self) -> "_Display":
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    def simulated(self, progress: Any) -> None:
-        """Show a finished shard."""
-        self.numbers.plain = f"{progress.shards_done} of {progress.shards} shards"
-        self.bar.update(self.task, completed=progress.particles_done, total=progress.particles)
-
-    def searched(self, progress: Any) -> None:
-        """Show how far the oracle's search is."""
-        self.numbers.plain = "searching poses with the true volume"
-        if progress.done == progress.particles:
-            self.numbers.plain = "back-projecting the true poses, evaluating, writing the results"
-        self.bar.update(self.task, completed=progress.done, total=progress.particles)
-
-    def trained(self, progress: Any) -> None:
-        """Show a step; an evaluation also leaves a line."""
-        if progress.metrics:
-            line = f"step {progress.step:6d} of {progress.steps}  {_short(progress.metrics)}"
-            self.console.print(line, soft_wrap=True)
-        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.losses.items())
-        self.numbers.plain = f"{losses}  {progress.particles_per_second:,.0f} particles/s"
-        if progress.step == progress.steps:
-            self.numbers.plain += "  evaluating, writing the results"
-        self.bar.update(self.task, completed=progress.step, total=progress.steps)
-
-
-def _short(metrics: Mapping[str, float]) -> str:
-    """The figures that tell how far a reconstruction is, those that the evaluation could measure."""
-    parts = [
-        ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
-        ("pose/rotation_sqfrob_median", "rotation error median {:.3f}"),
-        ("pose/coverage", "coverage {:.2f}"),
-    ]
-    return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)
+def _print_study(result: "StudyResult") -> None:
+    """The leaderboard, the files, how to see the study in MLflow; exit code 2 when every trial failed."""
+    leaderboard = result.folder / "leaderboard.md"
+    if leaderboard.exists():
+        print(leaderboard.read_text(encoding="utf-8"))
+    count = Counter(notes["status"] for notes in result.trials.values())
+    print(f"{'study':12} {_from_here(result.folder)}")
+    print(f"{'trials':12} " + ", ".join(f"{number} {status}" for status, number in count.items()))
+    for name, path in result.paths.items():
+        print(f"{name:12} {_from_here(path)}")
+    if result.mlflow_run_id is not None and result.tracking_uri is not None:
+        _print_how_to_open("study", result.tracking_uri, result.mlflow_run_id)
+    if result.trials and set(count) == {"failed"}:
+        first = next(iter(result.trials.values()))["reason"]
+        print(
+            f"error: {result.study.name}: all {len(result.trials)} trials failed; the first: {first}", file=sys.stderr
+        )
+        raise typer.Exit(USER_ERROR)
 
 
 def _print_result(result: "RunResult") -> None:
@@ -203,11 +202,15 @@ def _print_result(result: "RunResult") -> None:
         print(f"{name:12} {_from_here(path)}")
     if result.mlflow_run_id is not None:
         uri = api.load_config(str(result.paths["config"])).tracking.uri
-        server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-        print("\nThe run in MLflow:")
-        if server != uri.rstrip("/"):
-            print(f"  {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
-        print(f"  {server}/#/runs/{result.mlflow_run_id}")
+        _print_how_to_open("run", uri, result.mlflow_run_id)
+
+
+def _print_how_to_open(what: str, uri: str, run_id: str) -> None:
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    print(f"\nThe {what} in MLflow:")
+    if server != uri.rstrip("/"):
+        print(f"  {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
+    print(f"  {server}/#/runs/{run_id}")
 
 
 def _from_here(path: Path) -> str:

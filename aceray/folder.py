@@ -86,6 +86,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.notes = path / "run.json"
         self.scratch = path / ".scratch"  # what a cluster keeps here while it trains
+        self.trial = path / "trial.json"  # what a study knows of this run
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -100,6 +101,15 @@ class RunFolder:
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
         return sorted(int(file.stem.removeprefix("step-")) for file in self.checkpoints.glob("step-*.safetensors"))
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether a run of so many steps has come to its end here, results and all."""
+        return self.metrics.exists() and self.checkpoint_steps()[-1:] == [steps]
+
+    def is_free(self) -> bool:
+        """Whether a run may begin here: there is no file, or none but what a study or a kill left before its start."""
+        files = (path for path in self.path.rglob("*") if not path.is_dir())
+        return all(path == self.trial or path.name.endswith(".partial") for path in files)
 
     def write_checkpoint(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], keep: int) -> Path:
         """Write the checkpoint of `metadata["step"]` whole, with its digest, then delete all but the newest `keep`."""
@@ -182,12 +192,12 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
     folder = RunFolder(Path(config.runs).absolute() / config.name)
     if folder.path.exists() and not folder.path.is_dir():
         raise DataError(f"{folder.path}: is a file; the run needs a folder there, choose another name or runs")
-    if folder.path.exists() and any(folder.path.iterdir()):
+    if folder.path.exists() and not folder.is_free():
         match existing:
             case "error":
                 raise DataError(f"{folder.path}: {_describe(folder)}")
             case "resume":
-                _check_same_settings(open_run_folder(folder.path), config)
+                check_same_settings(open_run_folder(folder.path), config)
             case "overwrite":
                 _remove(open_run_folder(folder.path))
     try:
@@ -243,7 +253,8 @@ def _describe(folder: RunFolder) -> str:
     )
 
 
-def _check_same_settings(folder: RunFolder, config: Config) -> None:
+def check_same_settings(folder: RunFolder, config: Config) -> None:
+    """Raise a ConfigError when the run in the folder had another value of a setting that changes the result."""
     before, now = _fixed_settings(load_config(str(folder.config))), _fixed_settings(config)
     for key in now | before:
         if before.get(key) != now.get(key):

@@ -76,7 +76,7 @@ def with_overrides(mapping: Mapping, *overrides: str) -> Mapping:
     return mapping
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: BaseModel) -> str:
     """All settings as YAML, itself a preset: `load_config` of the saved text gives an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

@@ -33,7 +33,8 @@ def test_a_run_imports_without_ray_and_mlflow() -> None:
 import sys
 for name in ("ray", "mlflow"):
     sys.modules[name] = None
-import aceray.build, aceray.train.loop, aceray.distributed.run, aceray.distributed.prepare, aceray.tracking, aceray.api
+import aceray.build, aceray.train.loop, aceray.distributed.run, aceray.distributed.prepare, aceray.api
+import aceray.distributed.study_run, aceray.tracking.study
 print("imported")
 """
     assert python(code) == "imported"
@@ -52,5 +53,5 @@ def test_public_names() -> None:
     names = python(
         "import aceray\nprint(all(callable(getattr(aceray, name)) for name in aceray.__all__), aceray.__all__)"
     )
-    expected = "True ['evaluate', 'evaluate_half_maps', 'evaluate_with_oracle', "
-    assert names == expected + "'load_config', 'score', 'simulate', 'train']"
+    expected = "True ['compare', 'evaluate', 'evaluate_half_maps', 'evaluate_with_oracle', "
+    assert names == expected + "'load_config', 'load_study', 'score', 'simulate', 'train', 'tune']"

@@ -14,7 +14,7 @@ from aceray.config import Config
 from aceray.errors import ConfigError
 from aceray.folder import RunFolder, create_run_folder
 from aceray.presets import flat, load_config
-from aceray.tracking import MlflowTracker, Tracker, resolve_uri, software_tags, start_tracking
+from aceray.tracking.run import MlflowTracker, Tracker, resolve_uri, software_tags, start_tracking
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_points_travel_in_batches(config: Config, folder: RunFolder, monkeypatch
         monkeypatch.setattr(
             tracker.client, "log_batch", lambda run, metrics: (sent.append(len(metrics)), send(run, metrics=metrics))
         )
-        monkeypatch.setattr("aceray.tracking.time.monotonic", lambda: 0.0)
+        monkeypatch.setattr("aceray.tracking.run.time.monotonic", lambda: 0.0)
         for step in range(1, 121):
             tracker.log(step, {f"train/{name}": 0.5 for name in "abcde"})
         assert sent == [250, 250]
@@ -127,7 +127,7 @@ def test_an_outage_loses_no_points(
     with caplog.at_level(logging.WARNING), start_tracking(config, folder, {}) as tracker:
         assert isinstance(tracker, MlflowTracker)
         now = [0.0]
-        monkeypatch.setattr("aceray.tracking.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("aceray.tracking.run.time.monotonic", lambda: now[0])
 
         def unplugged(run_id: str, metrics: list) -> None:
             raise MlflowException("no route to host")

@@ -21,7 +21,7 @@ from aceray.em.rotation import relion_from_rotation
 from aceray.errors import DataError
 from aceray.folder import RunFolder, RunResult, write_json
 from aceray.metrics.fsc import FscCurve
-from aceray.tracking import Tracker
+from aceray.tracking.run import Tracker
 from aceray.train.evaluate import HalfMaps, MaskKind, compare_half_maps, evaluate
 from aceray.train.figures import draw_figures, fsc_figure
 from aceray.train.oracle import OracleProgress, run_oracle

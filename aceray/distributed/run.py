@@ -8,8 +8,9 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,13 +23,18 @@ from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
-from aceray.tracking import Tracker, software_tags, start_tracking
+from aceray.tracking.run import Tracker, software_tags, start_tracking
 from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress
 
 OnProgress = Callable[[Progress], None]
 OnSearch = Callable[[OracleProgress], None]
+ReadStack = Callable[[Config], tuple[ParticleSet, ParticleStack]]
+"""The data set of a run, as `open_particles` opens it, and all its particles, as `read_here` reads them."""
+Track = Callable[[Config, RunFolder, Mapping[str, str]], Tracker]
+Event = TypeVar("Event")
+Result = TypeVar("Result")
 
 
 def run(config: Config, existing: Existing = "error", on_progress: OnProgress | None = None) -> RunResult:
@@ -42,21 +48,63 @@ def run(config: Config, existing: Existing = "error", on_progress: OnProgress | 
         ClusterError: Ray cannot give the workers, or lost one too often.
         NonFiniteLoss: a loss is not a number.
     """
-    particles = open_particles(config.data.path, config.data.half_set)
+    with ended_by_sigterm(), threads(config):
+        return exhaust(run_steps(config, existing), on_progress)
+
+
+def run_steps(
+    config: Config,
+    existing: Existing = "error",
+    read_stack: ReadStack | None = None,
+    track: Track = start_tracking,
+) -> Generator[Progress, None, RunResult]:
+    """The same as a generator that yields after every step, for what advances several runs in turns.
+
+    Signals and the number of threads are left to the caller. `read_stack` gives the particles of a run in this process
+    when they are in memory already; `track` the run's tracker.
+    """
+    if read_stack is not None and config.resources.workers == 0:
+        particles, stack = read_stack(config)
+    else:
+        particles, stack = open_particles(config.data.path, config.data.half_set), None
     workers, lanes = max(1, config.resources.workers), lane_count(config)
     groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
     folder = create_run_folder(config, existing)
     try:
         _check_data(folder, particles)
-        with _ended_by_sigterm(), start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
+        with track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             steps = folder.checkpoint_steps()
             folder.cut_history(steps[-1] if steps else 0)
-            with _timed(folder), contextlib.closing(_train(config, folder, particles, groups)) as progress:
-                shares = follow(progress, folder, tracker, on_progress)
+            with _timed(folder), contextlib.closing(_train(config, folder, particles, groups, stack)) as progress:
+                shares = yield from follow(progress, folder, tracker)
             return write_results(config, folder, particles, shares, tracker)
     except AcerayError:
         folder.remove_if_nothing_done()
         raise
+
+
+def exhaust(steps: Generator[Event, None, Result], on_event: Callable[[Event], None] | None) -> Result:
+    """Follow a generator to its end, hand on what it yields, return what it returns.
+
+    What the caller's function raises is raised inside the generator, so that it ends as interrupted or as failed.
+    """
+    with contextlib.closing(steps):
+        while True:
+            try:
+                event = next(steps)
+            except StopIteration as end:
+                return end.value
+            try:
+                if on_event is not None:
+                    on_event(event)
+            except BaseException as error:
+                steps.throw(error)
+
+
+def read_particles(path: str, half_set: int | None, box: int | None) -> tuple[ParticleSet, ParticleStack]:
+    """A data set or a half set, and all its particles, Fourier-cropped to `box`, read in this process."""
+    particles = open_particles(path, half_set)
+    return particles, read_here(particles, particles.row_groups(), box or particles.manifest.box)
 
 
 def evaluate_run(path: str | Path, on_progress: OnProgress | None = None) -> RunResult:
@@ -126,7 +174,7 @@ def _evaluate(
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     groups, box = particles.row_groups(), config.data.box or particles.manifest.box
-    with _ended_by_sigterm(), _threads(config):
+    with ended_by_sigterm(), threads(config):
         stack, device = read_here(particles, groups, box), _device(config)
         beside = score_oracle(particles, stack, device)
         with start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
@@ -149,14 +197,17 @@ def _timed(folder: RunFolder) -> Iterator[None]:
 
 
 def _train(
-    config: Config, folder: RunFolder, particles: ParticleSet, groups: list[list[RowGroup]]
+    config: Config,
+    folder: RunFolder,
+    particles: ParticleSet,
+    groups: list[list[RowGroup]],
+    stack: ParticleStack | None,
 ) -> Generator[Progress, None, list[Share]]:
     """The progress of all workers, each with its row groups, as one; returns their shares."""
     box = config.data.box or particles.manifest.box
     if config.resources.workers == 0:
-        with _threads(config):
-            stack = read_here(particles, groups[0], box)
-            return [(yield from train_share(config, folder, particles, stack, Place(device=_device(config))))]
+        stack = read_here(particles, groups[0], box) if stack is None else stack
+        return [(yield from train_share(config, folder, particles, stack, Place(device=_device(config))))]
     # Imported here: a run in this process needs no Ray.
     from aceray.distributed.supervisor import train_on_ray
 
@@ -190,7 +241,7 @@ def _device(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def _threads(config: Config) -> Iterator[None]:
+def threads(config: Config) -> Iterator[None]:
     """Torch's number of threads for a run in this process, and the former number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(config.train.threads or before)
@@ -201,7 +252,7 @@ def _threads(config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM, as a scheduler sends it, ends the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -218,12 +269,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def follow(
-    progress: Generator[Progress, None, list[Share]],
-    folder: RunFolder,
-    tracker: Tracker,
-    on_progress: OnProgress | None,
-) -> list[Share]:
-    """Write every step to the journal and the tracker and hand it to the caller; returns what the generator returns.
+    progress: Generator[Progress, None, list[Share]], folder: RunFolder, tracker: Tracker
+) -> Generator[Progress, None, list[Share]]:
+    """Write every step to the journal and the tracker and yield it; returns what the generator returns.
 
     After the restart of a worker, steps that were seen already come again; they are passed over.
     """
@@ -242,8 +290,7 @@ def follow(
             journal.write(json.dumps({"step": event.step, **finite_or_none(row)}) + "\n")
             journal.flush()
             tracker.log(event.step, row)
-            if on_progress is not None:
-                on_progress(event)
+            yield event
 
 
 def named(event: Progress) -> dict[str, float]:

@@ -19,13 +19,13 @@ import torch
 
 from aceray.config import Config
 from aceray.data.particles import ParticleSet
-from aceray.distributed.run import _threads, evaluate_run, follow, run
+from aceray.distributed.run import evaluate_run, exhaust, follow, run, threads
 from aceray.distributed.share import Place, Share, train_share
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import ClusterError, ConfigError, DataError, NonFiniteLoss
 from aceray.folder import RunFolder, RunResult, create_run_folder
 from aceray.presets import load_config
-from aceray.tracking import Tracker
+from aceray.tracking.run import Tracker
 from aceray.train.loop import Progress
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import BOX, PIXEL_SIZE, write_particles
@@ -233,14 +233,14 @@ def test_steps_seen_before_are_passed_over(tmp_path: Path) -> None:
         return []
 
     seen: list[int] = []
-    assert follow(progress(), RunFolder(tmp_path), Tracker(), lambda event: seen.append(event.step)) == []
+    assert exhaust(follow(progress(), RunFolder(tmp_path), Tracker()), lambda event: seen.append(event.step)) == []
     assert seen == [1, 2, 3, 4, 5]
     assert losses(tmp_path) == [(step, step / 4) for step in (1, 2, 3, 4, 5)]
 
 
 def test_threads_are_set_for_the_run_and_given_back(configure: Configure) -> None:
     before = torch.get_num_threads()
-    with _threads(configure("train.threads=3")):
+    with threads(configure("train.threads=3")):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
 

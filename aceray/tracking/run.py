@@ -1,16 +1,17 @@
 """The MLflow run of a training run: parameters, step metrics, figures, volume; through MlflowClient, without pickle."""
 
+import contextlib
 import importlib.util
 import logging
 import math
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aceray.config import Config
 from aceray.errors import ConfigError
@@ -76,7 +77,7 @@ class MlflowTracker(Tracker):
         self.last_step = step
         self._add(step, metrics)
         if time.monotonic() >= self._send_after or (len(self._waiting) >= POINTS_A_BATCH and not self._out):
-            self._send()
+            self.send()
 
     def keep(self, paths: Iterable[Path], note: str = "") -> None:
         """Store files and folders as artifacts under their own names, and the note."""
@@ -89,7 +90,7 @@ class MlflowTracker(Tracker):
             if note:
                 self.client.set_tag(self.run_id, "mlflow.note.content", note)
         except Exception as error:
-            _log.warning("MLflow: files could not be stored (%s); they are in the run folder", _first_line(error))
+            _log.warning("MLflow: files could not be stored (%s); they are in the run folder", first_line(error))
 
     def summarise(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step that may have some already."""
@@ -99,7 +100,8 @@ class MlflowTracker(Tracker):
         now = int(time.time() * 1000)
         self._waiting += [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what waits; what the store does not take waits on."""
         from mlflow.entities import Metric
 
         try:
@@ -111,7 +113,7 @@ class MlflowTracker(Tracker):
             self._send_after = time.monotonic() + SECONDS_A_BATCH
         except Exception as error:
             if not self._out:
-                _log.warning("MLflow does not answer (%s); points wait, history.jsonl has them", _first_line(error))
+                _log.warning("MLflow does not answer (%s); points wait, history.jsonl has them", first_line(error))
             self._out = True
             self._send_after = time.monotonic() + SECONDS_AFTER_AN_OUTAGE
 
@@ -119,12 +121,12 @@ class MlflowTracker(Tracker):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Send what waits and end the run; an outage here is a warning, not the end of a finished training."""
-        self._send()
+        self.send()
         status = self.status_at_end if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
             self.client.set_terminated(self.run_id, status)
         except Exception as failure:
-            _log.warning("MLflow: the run could not be ended as %s (%s)", status, _first_line(failure))
+            _log.warning("MLflow: the run could not be ended as %s (%s)", status, first_line(failure))
 
 
 def start_tracking(config: Config, folder: RunFolder, tags: Mapping[str, str]) -> Tracker:
@@ -136,30 +138,48 @@ def start_tracking(config: Config, folder: RunFolder, tags: Mapping[str, str]) -
     Raises:
         ConfigError: tracking.uri names a store that cannot be used, or tracking.experiment a deleted experiment.
     """
+    client = connect(config, str(folder.path))
+    if client is None:
+        return Tracker()
+    with usable(uri := resolve_uri(config.tracking.uri)):
+        earlier = earlier_run(client, folder, folder.read_notes().get("mlflow_run_id"))
+        if earlier is None:
+            experiment = experiment_id(client, config.tracking.experiment, uri)
+            earlier = MlflowTracker(client, create_run(client, experiment, config.name, flat(config), tags))
+    folder.write_notes(mlflow_run_id=earlier.run_id)
+    return earlier
+
+
+def connect(config: Config, results: str) -> "MlflowClient | None":
+    """A client of the tracking store, or None when tracking is off."""
     if not config.tracking.enabled:
-        return Tracker()
+        return None
     if not _installed():
-        _log.warning("MLflow is not installed: tracking is off, the results are in %s", folder.path)
-        return Tracker()
+        _log.warning("MLflow is not installed: tracking is off, the results are in %s", results)
+        return None
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = resolve_uri(config.tracking.uri)
+    with usable(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def usable(uri: str) -> Iterator[None]:
+    """A store that refuses is a mistake of the settings."""
+    from mlflow.exceptions import MlflowException
+
     try:
-        client = MlflowClient(tracking_uri=uri)
-        earlier = _earlier_run(client, folder)
-        run_id = earlier.run_id if earlier else _create_run(client, config, uri, tags)
+        yield
     except (MlflowException, OSError, ImportError) as error:
         raise ConfigError(
-            f"tracking.uri: {uri} cannot be used ({_first_line(error)}); start the server, set another URI, "
+            f"tracking.uri: {uri} cannot be used ({first_line(error)}); start the server, set another URI, "
             f"or tracking.enabled=false"
         ) from error
-    folder.write_notes(mlflow_run_id=run_id)
-    return earlier or MlflowTracker(client, run_id)
 
 
 def resolve_uri(uri: str) -> str:
@@ -193,19 +213,20 @@ def _installed() -> bool:
         return False
 
 
-def _create_run(client: "MlflowClient", config: Config, uri: str, tags: Mapping[str, str]) -> str:
+def create_run(
+    client: "MlflowClient", experiment: str, name: str, settings: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
     from mlflow.entities import Param
 
-    experiment = _experiment(client, config.tracking.experiment, uri)
-    names = {"mlflow.runName": config.name, "mlflow.source.name": "aceray", "mlflow.source.type": "LOCAL"}
-    run_id = client.create_run(experiment, run_name=config.name, tags={**names, **tags}).info.run_id
-    parameters = [Param(key, str(value)) for key, value in flat(config).items()]
+    names = {"mlflow.runName": name, "mlflow.source.name": "aceray", "mlflow.source.type": "LOCAL"}
+    run_id = client.create_run(experiment, run_name=name, tags={**names, **tags}).info.run_id
+    parameters = [Param(key, str(value)) for key, value in settings.items()]
     for start in range(0, len(parameters), 100):
         client.log_batch(run_id, params=parameters[start : start + 100])
     return run_id
 
 
-def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
+def experiment_id(client: "MlflowClient", name: str, uri: str) -> str:
     """Id of the experiment, made when it is new; the artifacts of a local database lie beside it."""
     from mlflow.exceptions import MlflowException
 
@@ -230,11 +251,10 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
     return found.experiment_id
 
 
-def _earlier_run(client: "MlflowClient", folder: RunFolder) -> MlflowTracker | None:
-    """The run that the folder knows, going on after its last point; None when it knows none or it was deleted."""
+def earlier_run(client: "MlflowClient", folder: RunFolder, run_id: str | None) -> MlflowTracker | None:
+    """The run of that id, going on after its last point; None when there is no id or the run was deleted."""
     from mlflow.exceptions import MlflowException
 
-    run_id = folder.read_notes().get("mlflow_run_id")
     if run_id is None:
         return None
     try:
@@ -250,11 +270,16 @@ def _earlier_run(client: "MlflowClient", folder: RunFolder) -> MlflowTracker | N
     tracker = MlflowTracker(client, run_id, max((point.step for point in points), default=0))
     tracker.status_before = info.status
     client.update_run(run_id, status="RUNNING")
-    for row in folder.read_history():
-        tracker.log(int(row["step"]), {key: value for key, value in row.items() if key != "step" and value is not None})
+    send_journal(tracker, folder)
     return tracker
 
 
-def _first_line(error: BaseException) -> str:
+def send_journal(tracker: Tracker, folder: RunFolder) -> None:
+    """What the journal holds and the tracker does not yet."""
+    for row in folder.read_history():
+        tracker.log(int(row["step"]), {key: value for key, value in row.items() if key != "step" and value is not None})
+
+
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

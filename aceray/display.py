@@ -1,0 +1,145 @@
+"""What is on the screen while something runs: a bar or a table in a terminal, lines elsewhere."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class RunDisplay:
+    """In a terminal a progress bar and the latest numbers; everywhere a line for every evaluation."""
+
+    def __init__(self, title: str, unit: str, total: int | None = None) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+        self.task = self.bar.add_task(title, total=total)
+        self.numbers = Text("starting", no_wrap=True, overflow="ellipsis")
+        self.live = Live(Group(self.bar, self.numbers), console=self.console, transient=True)
+
+    def __enter__(self) -> "RunDisplay":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def simulated(self, progress: Any) -> None:
+        """Show a finished shard."""
+        self.numbers.plain = f"{progress.shards_done} of {progress.shards} shards"
+        self.bar.update(self.task, completed=progress.particles_done, total=progress.particles)
+
+    def searched(self, progress: Any) -> None:
+        """Show how far the oracle's search is."""
+        self.numbers.plain = "searching poses with the true volume"
+        if progress.done == progress.particles:
+            self.numbers.plain = "back-projecting the true poses, evaluating, writing the results"
+        self.bar.update(self.task, completed=progress.done, total=progress.particles)
+
+    def trained(self, progress: Any) -> None:
+        """Show a step; an evaluation also leaves a line."""
+        if progress.metrics:
+            line = f"step {progress.step:6d} of {progress.steps}  {_short(progress.metrics)}"
+            self.console.print(line, soft_wrap=True)
+        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.losses.items())
+        self.numbers.plain = f"{losses}  {progress.particles_per_second:,.0f} particles/s"
+        if progress.step == progress.steps:
+            self.numbers.plain += "  evaluating, writing the results"
+        self.bar.update(self.task, completed=progress.step, total=progress.steps)
+
+
+class StudyDisplay:
+    """In a terminal a table of the trials; elsewhere a line for every evaluation and change of status."""
+
+    def __init__(self, metric: str) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.metric, self.rows, self.head = metric, {}, Text("reading the data")
+        self.live = Live(self._table(), console=self.console, transient=True)
+
+    def __enter__(self) -> "StudyDisplay":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def simulated(self, progress: Any) -> None:
+        """Show how far a data set is."""
+        self.head.plain = f"simulating: {progress.particles_done:,} of {progress.particles:,} particles"
+        self.live.update(self._table())
+
+    def happened(self, event: Any) -> None:
+        """Show an event of a trial."""
+        row = self.rows.pop(event.name, None) or _TrialRow(event.name)
+        line = row.take(event, self.metric)
+        self.rows[event.name] = row  # the newest last
+        if line and not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)
+        count = Counter(row.status for row in self.rows.values())
+        self.head.plain = "trials: " + ", ".join(f"{number} {status}" for status, number in count.items())
+        self.live.update(self._table())
+
+    def _table(self) -> Group:
+        heads = ("trial", "status", "step", self.metric, "FSC px", "rotation error", "particles/s", "time left")
+        table = Table(*heads, box=None, pad_edge=False)
+        rows = sorted(self.rows.values(), key=lambda row: row.status == "running")
+        for row in rows[-max(1, self.console.height - 4) :]:
+            table.add_row(*row.cells())
+        return Group(self.head, table)
+
+
+class _TrialRow:
+    """What the table shows of a trial."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.status, self.reason = name, "", ""
+        self.step, self.steps, self.since, self.seconds_a_step = 0, 0, time.monotonic(), 0.0
+        self.objective, self.metrics, self.speed = "", {}, 0.0
+
+    def take(self, event: Any, metric: str) -> str:
+        """Take an event over; returns the line that tells it, empty when it says nothing new."""
+        report, changed = event.report, event.status != self.status
+        self.status, self.reason = event.status, event.reason
+        if report is None:
+            self.since = time.monotonic()
+            return f"{self.name}  {self.status}{f': {self.reason}' if self.reason else ''}" if changed else ""
+        now = time.monotonic()
+        if report.step > self.step:
+            self.seconds_a_step = (now - self.since) / (report.step - self.step)
+        self.step, self.steps, self.since = report.step, report.steps, now
+        self.metrics, self.speed = report.metrics, report.particles_per_second
+        value = report.metrics.get(metric)
+        self.objective = "" if value is None else f"{value:.4g}"
+        numbers = f"{metric} {self.objective}  {_short(report.metrics)}"
+        return f"{self.name}  {self.status}  step {self.step:6d} of {self.steps}  {numbers}"
+
+    def cells(self) -> list[str]:
+        """Texts of a row."""
+        texts = [_text(self.metrics, "fsc/resolution_px_0.5", "{:.2f}")]
+        texts.append(_text(self.metrics, "pose/rotation_sqfrob_mean", "{:.3f}"))
+        left = self.seconds_a_step * (self.steps - self.step) if self.status == "running" else 0.0
+        texts += [f"{self.speed:,.0f}" if self.speed else "", f"{int(left) // 60}:{int(left) % 60:02d}" if left else ""]
+        step = f"{self.step}/{self.steps}" if self.steps else ""
+        return [self.name, self.status, step, self.objective, *texts]
+
+
+def _text(metrics: Mapping[str, float], key: str, form: str) -> str:
+    return "" if (value := metrics.get(key)) is None else form.format(value)
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    """The figures that tell how far a reconstruction is, those that the evaluation could measure."""
+    parts = [
+        ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
+        ("pose/rotation_sqfrob_median", "rotation error median {:.3f}"),
+        ("pose/coverage", "coverage {:.2f}"),
+    ]
+    return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)

@@ -1,0 +1,1 @@
+"""MLflow: the runs of trainings and of studies. The only folder that imports it."""
