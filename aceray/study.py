@@ -112,6 +112,9 @@ class Search(Model):
     trials: int | None = Field(None, ge=1, le=100_000, description="how many; null: all of a grid")
     seed: int = Field(1, ge=0, description="seed of random and optuna")
     concurrent: int | None = Field(None, ge=1, description="trials at once at most; null: what the cluster can")
+    gpus_per_trial: float | None = Field(
+        None, gt=0, le=1, description="share of a GPU for each trial in one process; null: a whole one if there is one"
+    )
 
     @model_validator(mode="after")
     def _counted(self) -> "Search":
@@ -365,6 +368,8 @@ def _check_search(study: Study, where: str) -> None:
         raise ConfigError(f"{where}: objective: several need search.kind=optuna, found {study.search.kind}")
     if study.scheduler.kind != "pbt":
         return
+    if study.search.kind == "optuna":
+        raise ConfigError(f"{where}: scheduler.kind: pbt chooses new values itself; use search.kind=grid or random")
     if study.members != "one":
         raise ConfigError(f"{where}: scheduler.kind: pbt exchanges single runs, found members={study.members}")
     if not study.scheduler.mutations:

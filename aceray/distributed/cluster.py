@@ -36,7 +36,7 @@ class WorkerResources:
 
     workers: int
     cpus: float
-    gpus: int
+    gpus: float
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -104,8 +104,10 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def reserve(resources: Resources, patience_seconds: float = PATIENCE_SECONDS) -> WorkerResources:
-    """What each worker gets, after the cluster has shown that it can give it.
+def reserve(
+    resources: Resources, patience_seconds: float = PATIENCE_SECONDS, gpus: float | None = None
+) -> WorkerResources:
+    """What each worker gets, after the cluster has shown that it can give it; `gpus` overrides what resources say.
 
     The workers' resources are reserved together and given back at once, which also tells an autoscaler to start nodes.
 
@@ -114,7 +116,8 @@ def reserve(resources: Resources, patience_seconds: float = PATIENCE_SECONDS) ->
     """
     total = ray.cluster_resources()
     wants_gpu = total.get("GPU", 0) >= resources.workers if resources.gpu is None else resources.gpu
-    asked = WorkerResources(resources.workers, resources.cpus_per_worker * (1 - SHARE_OF_TASKS), int(wants_gpu))
+    each = float(wants_gpu) if gpus is None else gpus
+    asked = WorkerResources(resources.workers, resources.cpus_per_worker * (1 - SHARE_OF_TASKS), each)
     if resources.address is None and not _fits(asked, resources, total):
         raise ClusterError(_refusal(resources, asked, "has only"))
     group = placement_group([asked.bundle] * asked.workers, strategy="PACK")
@@ -141,7 +144,7 @@ def _await_return(asked: WorkerResources) -> None:
 
 def _refusal(resources: Resources, asked: WorkerResources, has: str) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    each = f"{resources.cpus_per_worker:g} CPUs" + (f" and {asked.gpus} GPU" if asked.gpus else "")
+    each = f"{resources.cpus_per_worker:g} CPUs" + (f" and {asked.gpus:g} GPU" if asked.gpus else "")
     there = ", ".join(f"{total.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
     return (
         f"resources: asked for {asked.workers} workers with {each} each; the cluster {has} {there}. "

@@ -4,6 +4,7 @@ Both ways read the same row groups with the same functions and give the same sta
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def read_portion(portion: dict[str, Any], path: Path, half_set: int | None, box:
     """What one task does: the columns of some row groups, decoded and cropped."""
     particles = open_particles(path, half_set)
     groups = [RowGroup(int(shard), int(group)) for shard, group in portion["groups"][0]]
-    return _columns(stack_from_table(particles.read(groups), particles.manifest, box))
+    return columns_of(stack_from_table(particles.read(groups), particles.manifest, box))
 
 
 def collect(iterator: "DataIterator") -> ParticleStack:
@@ -87,15 +88,23 @@ def tasks(particles: ParticleSet, groups: list[RowGroup], box: int) -> Iterator[
         yield groups[start : start + size]
 
 
-def _columns(stack: ParticleStack) -> dict[str, np.ndarray]:
+def columns_of(stack: ParticleStack) -> dict[str, np.ndarray]:
+    """A stack as arrays under the names of their columns, which Ray can share; the memory is the stack's own."""
     columns = {"particle_id": stack.particle_id.numpy(), "image": stack.images.numpy()}
     if stack.ctf is not None:
         columns |= {name: getattr(stack.ctf, name).numpy() for name in CTF_COLUMNS}
     return columns
 
 
-def _stack(columns: dict[str, np.ndarray]) -> ParticleStack:
-    # A batch is a read-only view of Ray's shared memory: copied, so that it can be trained on and the memory is freed.
-    tensors = {name: torch.from_numpy(np.array(values)) for name, values in columns.items()}
+def shared_stack(columns: dict[str, np.ndarray]) -> ParticleStack:
+    """A stack in the memory of the arrays, which belongs to others too: to be read, never written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
     ctf = CtfParameters(**{name: tensors[name] for name in CTF_COLUMNS}) if CTF_COLUMNS[0] in tensors else None
     return ParticleStack(images=tensors["image"], ctf=ctf, particle_id=tensors["particle_id"])
+
+
+def _stack(columns: dict[str, np.ndarray]) -> ParticleStack:
+    # A batch is a read-only view of Ray's shared memory: copied, so that the memory is freed.
+    return shared_stack({name: np.array(values) for name, values in columns.items()})

@@ -98,7 +98,7 @@ def make_trial(study: Study, folder: Path, number: int, point: Point, name: str 
     name, trials = name or trial_name(study, point, number), folder.absolute() / "trials"
     alone = config_of(study, point, name, str(trials))
     # the working directory of another process is another
-    alone = _changed(alone, **{"data.path": str(Path(alone.data.path).expanduser().absolute())})
+    alone = changed(alone, **{"data.path": str(Path(alone.data.path).expanduser().absolute())})
     second = alone.seed + SEED_OF_SECOND
     match study.members:
         case "one":
@@ -108,11 +108,12 @@ def make_trial(study: Study, folder: Path, number: int, point: Point, name: str 
         case "two_seeds":
             pair = {"seed_1": {}, "seed_2": {"seed": second}}
     inside = str(trials / name)
-    configs = tuple(_changed(alone, name=member, runs=inside, **values) for member, values in pair.items())
+    configs = tuple(changed(alone, name=member, runs=inside, **values) for member, values in pair.items())
     return Trial(number, name, point, configs or (alone,), trials / name)
 
 
-def _changed(config: Config, **values: Any) -> Config:
+def changed(config: Config, **values: Any) -> Config:
+    """The settings with other values under some dotted keys."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return Config.model_validate(with_overrides(config.model_dump(mode="json"), *overrides))
 
