@@ -93,7 +93,7 @@ class Dimension(Model):
         return self
 
     @property
-    def range(self) -> tuple[float, float] | None:
+    def range(self) -> tuple[float, float] | tuple[int, int] | None:
         """The ends of a range; None for a list of values."""
         return self.uniform or self.log_uniform or self.integers
 
