@@ -222,6 +222,16 @@ class HalfMaps:
 
 
 @torch.no_grad()
+def in_frame_of(
+    reference: Float[Tensor, "d d d"], volume: Float[Tensor, "d d d"]
+) -> tuple[VolumeAlignment, Float[Tensor, "d d d"]]:
+    """A volume in the frame and hand of another, below Nyquist, by sampling its transform; and how it was aligned."""
+    ball = half_ball(reference.shape[-1], reference.device)
+    alignment = align_volumes(volume, reference)
+    return alignment, ball.scatter(aligned_coefficients(padded_transform(volume.float(), PAD), alignment, ball))
+
+
+@torch.no_grad()
 def compare_half_maps(
     first: Float[Tensor, "d d d"], second: Float[Tensor, "d d d"], pixel_size_angstrom: float, mask: MaskKind = "none"
 ) -> HalfMaps:
@@ -231,8 +241,7 @@ def compare_half_maps(
     """
     box = first.shape[-1]
     ball = half_ball(box, first.device)
-    alignment = align_volumes(second, first)
-    moved = ball.scatter(aligned_coefficients(padded_transform(second.float(), PAD), alignment, ball))
+    alignment, moved = in_frame_of(first, second)
     fixed = ball.scatter(ball.gather(first.float()))
     match mask:
         case "none":
