@@ -290,6 +290,26 @@ def _listed_value(want: Any) -> list[Any]:
     return want if isinstance(want, list) else [want]
 
 
+def suggested_point(study: Study, trial: Any) -> Point:
+    """The point of a trial of Optuna, asked for every dimension that applies; asked again it answers the same."""
+    point: Point = {}
+    for key, dimension in study.space.items():
+        if key in applicable(study, {**point, key: None}):
+            point[key] = _suggested(trial, key, dimension)
+    return point
+
+
+def _suggested(trial: Any, key: str, dimension: Dimension) -> Any:
+    if dimension.range is None:
+        # as text, for a value may be a whole schedule and 1 is not true
+        texts = [json.dumps(value) for value in dimension.values]
+        return dimension.values[texts.index(trial.suggest_categorical(key, texts))]
+    low, high = dimension.range
+    if dimension.integers:
+        return trial.suggest_int(key, int(low), int(high))
+    return trial.suggest_float(key, low, high, log=dimension.log_uniform is not None)
+
+
 def config_of(study: Study, point: Mapping[str, Any], name: str = "trial", runs: str = "runs") -> Config:
     """The settings of a trial: base, then the presets, then the values of its point.
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from aceray.build import lane_count
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import storage_error, written_atomically
 from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
+from aceray.distributed.study_results import write_study_results
 from aceray.distributed.trial import (
     ENDED,
     Trial,
@@ -32,11 +31,10 @@ from aceray.distributed.trial import (
     run_trial,
     write_notes,
 )
-from aceray.em.random import named_generator
 from aceray.errors import AcerayError, ConfigError, DataError
 from aceray.folder import write_json
 from aceray.presets import to_yaml, with_overrides
-from aceray.study import Dimension, Point, Study, applicable, grid, load_study, trial_name
+from aceray.study import Point, Study, applicable, grid, load_study, suggested_point, trial_name
 from aceray.tracking.study import StudyTracker, start_study_tracking
 
 OnEvent = Callable[[TrialEvent], None]
@@ -112,11 +110,7 @@ def read_study_result(study: Study, folder: Path) -> StudyResult:
     """Write the leaderboard, the tables and the figures from the trials' folders."""
     notes = {path.name: read_notes(path) for path in _trial_folders(folder)}
     trials = dict(sorted(notes.items(), key=lambda item: item[1]["number"]))
-    return StudyResult(study, folder, trials, _write_results(study, folder))
-
-
-def _write_results(study: Study, folder: Path) -> dict[str, Path]:
-    return {}
+    return StudyResult(study, folder, trials, write_study_results(study, folder))
 
 
 def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> OnEvent:
@@ -135,7 +129,7 @@ def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> O
 def _summarise(tracker: StudyTracker, result: StudyResult) -> None:
     for trial in _trial_folders(result.folder):  # what an outage kept back
         tracker.follow(trial)
-    leaderboard = result.paths.get("leaderboard_md")
+    leaderboard = result.paths.get("leaderboard")
     note = leaderboard.read_text(encoding="utf-8") if leaderboard else result.study.description
     best = best_trial(result)
     paths = [_study_file(result.folder), *result.paths.values()]
@@ -237,27 +231,12 @@ def list_trials(study: Study, folder: Path, address: str) -> list[Trial]:
 
 def random_points(study: Study) -> list[Point]:
     """search.trials random points; more trials add to those of fewer."""
-    return [
-        applicable(
-            study,
-            {
-                key: _draw(dimension, named_generator(f"study/{key}", study.search.seed, number))
-                for key, dimension in study.space.items()
-            },
-        )
-        for number in range(study.search.trials or 0)
-    ]
+    # Imported here: a grid needs no Optuna.
+    import optuna
 
-
-def _draw(dimension: Dimension, generator: torch.Generator) -> Any:
-    share = float(torch.rand((), generator=generator, dtype=torch.float64))
-    if dimension.range is None:
-        return dimension.values[int(share * len(dimension.values))]
-    low, high = dimension.range
-    if dimension.integers:
-        return int(low) + int(share * (int(high) - int(low) + 1))
-    value = low * (high / low) ** share if dimension.log_uniform else low + (high - low) * share
-    return float(f"{value:.6g}")  # what a person can read and repeat
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    asked = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=study.search.seed))
+    return [suggested_point(study, asked.ask()) for _ in range(study.search.trials or 0)]
 
 
 def _sample(study: Study, folder: Path) -> list[Trial]:

@@ -1,6 +1,5 @@
 """What Ray Tune does in a study: Optuna's suggestions, which a file remembers, and the schedulers."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from aceray.distributed.trial import ENDED, Trial, read_notes
 from aceray.em.random import named_generator
-from aceray.study import Dimension, Point, Study, applicable
+from aceray.study import Dimension, Point, Study, suggested_point
 
 # Rungs that no trial reaches do no harm.
 _BEYOND_ALL_STEPS = 10**9
@@ -47,7 +46,7 @@ class Suggestions(OptunaSearch):
         metrics = [objective.metric for objective in study.objective]
         modes = [objective.direction for objective in study.objective]
         super().__init__(
-            lambda trial: {"trial": make_trial(trial.number, _point(study, trial))},
+            lambda trial: {"trial": make_trial(trial.number, suggested_point(study, trial))},
             metric=metrics if len(metrics) > 1 else metrics[0],
             mode=modes if len(modes) > 1 else modes[0],
             sampler=optuna.samplers.TPESampler(seed=seed),
@@ -65,7 +64,7 @@ class Suggestions(OptunaSearch):
         left = []
         for frozen in self._ot_study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             given = optuna.trial.Trial(self._ot_study, frozen._trial_id)
-            notes = read_notes(make_trial(frozen.number, _point(study, given)).folder)
+            notes = read_notes(make_trial(frozen.number, suggested_point(study, given)).folder)
             if notes.get("status") in ENDED:
                 values = None if notes["status"] == "failed" else self._values(notes["metrics"])
                 state = optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL
@@ -101,26 +100,6 @@ class Suggestions(OptunaSearch):
 def _trials_in(storage: optuna.storages.BaseStorage, name: str) -> int:
     names = [each.study_name for each in optuna.study.get_all_study_summaries(storage)]
     return len(optuna.load_study(study_name=name, storage=storage).trials) if name in names else 0
-
-
-def _point(study: Study, trial: Any) -> Point:
-    """Ask for every dimension that applies; a trial that was asked before answers the same."""
-    point: Point = {}
-    for key, dimension in study.space.items():
-        if key in applicable(study, {**point, key: None}):
-            point[key] = _suggested(trial, key, dimension)
-    return point
-
-
-def _suggested(trial: Any, key: str, dimension: Dimension) -> Any:
-    if dimension.range is None:
-        # as text, for a value may be a whole schedule and 1 is not true
-        texts = [json.dumps(value) for value in dimension.values]
-        return dimension.values[texts.index(trial.suggest_categorical(key, texts))]
-    low, high = dimension.range
-    if dimension.integers:
-        return trial.suggest_int(key, int(low), int(high))
-    return trial.suggest_float(key, low, high, log=dimension.log_uniform is not None)
 
 
 # ---- schedulers
