@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from aceray.study import CRITERIA, Objective, Point, Study
+from aceray.criteria import CRITERIA
+from aceray.study import Objective, Point, Study
 
 LABELS = {
     "fsc/resolution_px_0.5": "resolution, FSC 0.5 (px)",

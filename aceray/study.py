@@ -9,50 +9,18 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from aceray.config import Config, Model
+from aceray.criteria import CRITERIA
 from aceray.errors import ConfigError
 from aceray.presets import load_config, read_preset, settings, suggestion, with_overrides
 
 Point = dict[str, Any]
 """What a trial was given: the value of every dimension of the space that applies to it; for presets their label."""
 
-Needs = Literal["", "truth", "half_sets", "two_seeds", "heldout"]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A metric that trials can be compared by: which direction is better, and what it takes to have it."""
-
-    mode: Literal["min", "max"]
-    needs: Needs = ""
-
-
-CRITERIA: dict[str, Criterion] = {
-    "fsc/resolution_px_0.5": Criterion("min", "truth"),
-    "fsc/resolution_px_0.143": Criterion("min", "truth"),
-    "fsc/auc": Criterion("max", "truth"),
-    "pose/rotation_sqfrob_mean": Criterion("min", "truth"),
-    "pose/rotation_sqfrob_median": Criterion("min", "truth"),
-    "pose/fraction_below_half": Criterion("max", "truth"),
-    "pose/shift_sq_px_mean": Criterion("min", "truth"),
-    "pose/coverage": Criterion("max"),
-    "pose/view_entropy": Criterion("max"),
-    "select/d4_consistency": Criterion("min"),
-    "select/heldout_loss": Criterion("min", "heldout"),
-    "select/heldout_whitened": Criterion("min", "heldout"),
-    "select/residual": Criterion("min"),
-    "select/residual_whitened": Criterion("min"),
-    "select/half_map_fsc_area": Criterion("max", "half_sets"),
-    "select/half_map_resolution_px": Criterion("min", "half_sets"),
-    "select/seed_agreement": Criterion("min", "two_seeds"),
-    "train/wall_seconds": Criterion("min"),
-    "train/particles_per_second": Criterion("max"),
-}
 # What a schedule may change in the middle of a run: nothing that has a shape or decides what is sampled.
 MUTABLE = ("pip.weight", "pip.shift_weight", "ipi.shift_l1_weight", "optim.encoder_lr", "optim.decoder_lr")
 # The study gives trials their names and folders.
@@ -329,8 +297,9 @@ def trial_name(study: Study, point: Mapping[str, Any], number: int) -> str:
     """Name of a trial and of its folder, the same whenever the study is continued: its values, or its number."""
     if study.search.kind != "grid":
         return f"t{number:04d}"
-    # what all trials share, or depends on the others alone, tells nothing
-    words = [_word(study, key, value) for key, value in point.items() if len(study.space[key].values) > 1]
+    # a value that all trials share, or that follows from the others, tells nothing
+    varied = [key for key in point if len(study.space[key].values) > 1]
+    words = [_word(study, key, point[key]) for key in varied or point]
     return "-".join(words)[:100].rstrip("-._") or "trial"
 
 

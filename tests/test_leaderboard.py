@@ -195,7 +195,7 @@ def test_a_criterion_that_orders_as_the_truth_does_has_plus_one_whatever_its_dir
     }
     assert found["select/d4_consistency"].overall == pytest.approx({MEAN: 1.0, AREA: 1.0})
     assert found["select/half_map_fsc_area"].overall == pytest.approx({MEAN: 1.0, AREA: 1.0})
-    assert found["select/residual"].overall == pytest.approx({MEAN: -1.0, AREA: -1.0})
+    assert found["select/residual_loss"].overall == pytest.approx({MEAN: -1.0, AREA: -1.0})
     assert found["select/half_map_fsc_area"].mode == usual_mode("select/half_map_fsc_area") == "max"
 
 
@@ -223,6 +223,6 @@ def test_the_criteria_are_told_best_first(study: Study) -> None:
     entries = [scored(n, "a", n / 2, residual=-n, d4_consistency=n, heldout_loss=1.0) for n in range(8)]
     lines = [line for line in criteria_markdown(study, agreements(entries)).splitlines() if "select/" in line]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == [
-        "select/d4_consistency", "select/residual", "select/heldout_loss",
+        "select/d4_consistency", "select/residual_loss", "select/heldout_loss",
     ]  # fmt: skip
     assert "+1.00" in lines[0] and "-1.00" in lines[1] and "| — |" in lines[2]

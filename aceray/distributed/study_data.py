@@ -8,7 +8,8 @@ from aceray.data.particles import ParticleSet, open_particles
 from aceray.distributed import prepare
 from aceray.distributed.trial import Trial
 from aceray.errors import ConfigError, DataError
-from aceray.study import CRITERIA, Study
+from aceray.criteria import CRITERIA
+from aceray.study import Study
 
 OnSimulation = Callable[[prepare.SimulationProgress], None]
 
@@ -42,17 +43,17 @@ def prepare_data(study: Study, trials: list[Trial], on_simulation: OnSimulation 
 
 
 def _check_settings(study: Study, config: Config) -> None:
-    held_out = getattr(config.data, "heldout_fraction", 0.0)
+    held_out = config.data.heldout_fraction
     for objective in study.objective:
         if CRITERIA[objective.metric].needs == "heldout" and not held_out:
             raise ConfigError(
                 f"objective: {objective.metric} needs particles that training never sees; set data.heldout_fraction, "
                 "for example to 0.1"
             )
-        if objective.metric.startswith("select/residual") and held_out:
+        if objective.metric.startswith("select/residual_loss") and held_out:
             raise ConfigError(
                 f"objective: with data.heldout_fraction={held_out:g} the residual is that of held-out particles; use "
-                f"{objective.metric.replace('residual_', 'heldout_').replace('residual', 'heldout_loss')}"
+                f"{objective.metric.replace('residual_', 'heldout_')}"
             )
 
 

@@ -28,6 +28,7 @@ from aceray.study import Point, Study, config_of, trial_name
 from aceray.tracking.run import Tracker
 from aceray.train.loop import Progress
 from aceray.train.predict import Poses
+from aceray.train.select import half_map_scores, pose_agreement
 
 Status = Literal["running", "finished", "stopped", "failed", "interrupted"]
 """stopped: by the scheduler. Only running and interrupted trials go on when the study is resumed."""
@@ -272,7 +273,7 @@ def _write_journal(trial: Trial, report: Report) -> None:
 
 def _scores_at(trial: Trial, events: list[Progress]) -> dict[str, float]:
     """Scores of a pair at one step; none of runs whose workers are elsewhere, which show no snapshots."""
-    snapshots = [snapshot for event in events if (snapshot := getattr(event, "snapshot", None)) is not None]
+    snapshots = [event.snapshot for event in events if event.snapshot is not None]
     if len(snapshots) < 2:
         return {}
     if trial.configs[0].data.half_set is None:
@@ -294,15 +295,10 @@ def _final_scores(trial: Trial) -> dict[str, float]:
 
 
 def _agreement(first: Poses, second: Poses) -> dict[str, float]:
-    from aceray.train.select import pose_agreement
-
-    scores = pose_agreement(first, second)
-    return {**scores, "select/seed_agreement": scores["select/pose_agreement_sqfrob"]}
+    return pose_agreement(first, second)
 
 
 def _half_maps(volumes: list[Tensor], pixel_size_angstrom: float) -> dict[str, float]:
-    from aceray.train.select import half_map_scores
-
     return half_map_scores(volumes[0], volumes[1], pixel_size_angstrom)
 
 

@@ -233,10 +233,10 @@ def test_half_sets_share_no_particle_and_no_start(quick: Make, scored: list, tra
 
 def test_two_seeds_are_compared_by_the_poses_of_all_particles(quick: Make, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(trial, "_agreement", lambda *poses: seen.append(poses) or {"select/seed_agreement": 3.0})
-    study = quick(members="two_seeds", space={"pip.weight": [2.0]}, objective="select/seed_agreement")
+    monkeypatch.setattr(trial, "_agreement", lambda *poses: seen.append(poses) or {"select/pose_agreement_sqfrob": 3.0})
+    study = quick(members="two_seeds", space={"pip.weight": [2.0]}, objective="select/pose_agreement_sqfrob")
     result = run_study(study, "none")
-    assert result.trials["weight_2.0"]["metrics"]["select/seed_agreement"] == 3.0
+    assert result.trials["weight_2.0"]["metrics"]["select/pose_agreement_sqfrob"] == 3.0
     first, second = seen[-1]
     assert first.particle_id.tolist() == second.particle_id.tolist() == list(range(1024))
     assert not np.allclose(first.rotation, second.rotation)
@@ -307,7 +307,9 @@ def mistake(study: Study, kind: type[Exception], address: str = "none", resume: 
 
 def test_mistakes_are_found_before_anything_runs(quick: Make, tmp_path: Path, trained: list[Config]) -> None:
     line = mistake(quick(objective="fsc/auc"), ConfigError)
-    assert line.startswith("objective: fsc/auc compares with the true volume, which ") and "select/residual" in line
+    assert (
+        line.startswith("objective: fsc/auc compares with the true volume, which ") and "select/residual_loss" in line
+    )
     line = mistake(quick(objective="select/heldout_loss"), ConfigError)
     assert "set data.heldout_fraction" in line
     other = quick.particles.path.parent / "nothing_there"

@@ -317,7 +317,9 @@ def test_a_population_takes_over_a_checkpoint_and_changes_a_value_in_mid_run(wri
 @pytest.mark.slow
 def test_optuna_goes_on_with_its_file(write: Write) -> None:
     space = {"optim.encoder_lr": {"log_uniform": [1e-4, 1e-3]}}
-    study = write(space=space, search={"kind": "optuna", "trials": 2}, objective=["pose/coverage", "select/residual"])
+    study = write(
+        space=space, search={"kind": "optuna", "trials": 2}, objective=["pose/coverage", "select/residual_loss"]
+    )
     first = ended(run_sweep(study))
     assert {name: event.status for name, event in first.items()} == {"t0000": "finished", "t0001": "finished"}
     assert run_sweep(study) == []
