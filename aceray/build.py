@@ -36,6 +36,7 @@ from aceray.train.schedule import (
     WarmupCosine,
     WarmupMultiStep,
 )
+from aceray.train.select import held_out
 from aceray.train.statistics import ImageStatistics, image_statistics, sum_over_workers
 
 # filtered particles of each lane from which the input's scale is taken
@@ -134,21 +135,33 @@ def _lanes(config: Config, particles: ParticleSet, stack: ParticleStack, mine: I
         groups.append(before + torch.arange(shard.particles) // ROWS_PER_GROUP)
         before += shard.row_groups
     lane_of_row = torch.cat(groups)[stack.particle_id] % lane_count(config)
-    found = [Lane(number, (lane_of_row == number).nonzero()[:, 0]) for number in mine]
-    for lane in found:
-        if not len(lane.rows):
+    aside = held_out(stack.particle_id, config.data.heldout_fraction)
+    found = []
+    for number in mine:
+        own = lane_of_row == number
+        lane = Lane(number, (own & ~aside).nonzero()[:, 0], (own & aside).nonzero()[:, 0])
+        if not own.any():
             raise DataError(
-                f"{particles.path}: lane {lane.number} has no particle of half set {particles.half_set}; use fewer "
+                f"{particles.path}: lane {number} has no particle of half set {particles.half_set}; use fewer "
                 "lanes (train.lanes) or workers"
             )
+        _check_held_out(config.data.heldout_fraction, lane)
+        found.append(lane)
     return found
 
 
-def truth_score(particles: ParticleSet) -> Score | None:
-    """Metrics against the truth of a simulated dataset, or None where there is none; what evaluation alone may use."""
+def _check_held_out(fraction: float, lane: Lane) -> None:
+    sampled, held = len(lane.rows), len(lane.held_out)
+    if fraction and not (sampled and held):
+        raise ConfigError(
+            f"data.heldout_fraction: {fraction:g} holds out {held} of the {sampled + held} particles of lane "
+            f"{lane.number}; use another share, fewer lanes (train.lanes) or workers, or 0 to hold out none."
+        )
+
+
+def truth_score(particles: ParticleSet) -> Score:
+    """Metrics against the truth, as far as the dataset has one; what evaluation alone may use."""
     truth, volume = particles.read_truth(), particles.read_truth_volume()
-    if truth is None and volume is None:
-        return None
     pixel_size_angstrom = particles.manifest.pixel_size_angstrom
     return lambda poses, predicted: evaluate(predicted, poses, truth, volume, pixel_size_angstrom).metrics
 

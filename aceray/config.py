@@ -75,6 +75,9 @@ class Data(Model):
     half_set: Literal[1, 2] | None = Field(
         None, description="train on this half of the particles alone, for half maps; null: on all"
     )
+    heldout_fraction: float = Field(
+        0.0, ge=0, le=0.5, description="share of the particles that training never samples, for select/heldout_*"
+    )
     shift_sigma_fraction: float = Field(
         0.0, ge=0, le=0.25, description="prior spread of the shifts along x and y, fraction of the box; 0: no shifts"
     )

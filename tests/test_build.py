@@ -222,6 +222,48 @@ def test_lanes_divide_a_half_set_and_none_may_be_empty(particles: ParticleSet) -
         build_trainer(config, half, some)
 
 
+def held_out_ids(source: Trainer) -> set[int]:
+    particle_id = source.sampler.particles.particle_id
+    return {int(particle_id[row]) for lane in source.sampler.lanes for row in lane.held_out}
+
+
+def test_the_same_particles_are_held_out_for_any_seed_lanes_and_workers(particles: ParticleSet) -> None:
+    expected = held_out_ids(trainer(load_config(*SMALL, "data.heldout_fraction=0.1"), particles))
+    assert 60 < len(expected) < 150
+    for lanes, workers in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        settings = (
+            *SMALL,
+            "data.heldout_fraction=0.1",
+            f"train.lanes={lanes}",
+            f"resources.workers={workers}",
+            "seed=7",
+        )
+        config, found = load_config(*settings), set()
+        for rank in range(workers):
+            stack = read_here(particles, row_groups_of_lanes(particles, range(rank, lanes, workers), lanes), BOX)
+            share = build_trainer(config, particles, stack, rank=rank, world_size=workers)
+            for lane in share.sampler.lanes:
+                assert not set(lane.rows.tolist()) & set(lane.held_out.tolist())
+            sampled = [
+                row for step in range(1, 200) for lane in share.sampler.lanes for row in share.sampler._rows(lane, step)
+            ]
+            sampled = {int(share.sampler.particles.particle_id[row]) for row in sampled}
+            assert sampled | held_out_ids(share) == set(stack.particle_id.tolist())
+            assert not sampled & held_out_ids(share)
+            found |= held_out_ids(share)
+        assert found == expected
+
+
+def test_nothing_is_held_out_unless_asked(particles: ParticleSet) -> None:
+    source = trainer(load_config(*SMALL), particles)
+    assert held_out_ids(source) == set() and len(source.sampler.lanes[0].rows) == 1024
+
+
+def test_a_share_too_small_to_hold_out_anything_is_refused(particles: ParticleSet) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.heldout_fraction: 1e-06 holds out 0 of the 512 particles of lane 0"):
+        trainer(load_config(*SMALL, "train.lanes=2", "data.heldout_fraction=1e-6"), particles)
+
+
 def test_weights_depend_on_the_seed_of_the_run_and_leave_the_global_stream_alone(particles: ParticleSet) -> None:
     state = torch.get_rng_state()
     first, again, other = (

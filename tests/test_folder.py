@@ -180,6 +180,7 @@ def test_resume_without_a_run_begins_one(tmp_path: Path) -> None:
         ("encoder.kind", "encoder.kind=resnet18"),
         ("train.lanes", "resources.workers=2"),
         ("data.half_set", "data.half_set=1"),
+        ("data.heldout_fraction", "data.heldout_fraction=0.05"),
     ],
 )
 def test_resume_refuses_another_result(folder: RunFolder, tmp_path: Path, key: str, override: str) -> None:

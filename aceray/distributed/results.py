@@ -68,7 +68,7 @@ def write_results(
     for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
         with written_atomically(folder.figures / f"{name}.png") as file:
             figure.savefig(file, format="png")
-    metrics = {**_of_training(folder, rows), **evaluation.metrics, **(beside or {})}
+    metrics = {**_of_training(folder, rows), **evaluation.metrics, **_mean_metrics(shares), **(beside or {})}
     write_json(folder.metrics, metrics)
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)
@@ -197,6 +197,11 @@ def _of_training(folder: RunFolder, rows: list[dict[str, float]]) -> dict[str, f
         last["train/particles_per_second"] = statistics.median(row["train/particles_per_second"] for row in rows)
     steps = rows[-1]["step"] if rows else 0.0
     return {**last, "train/steps": steps, "train/wall_seconds": folder.read_notes().get("wall_seconds", 0.0)}
+
+
+def _mean_metrics(shares: list[Share]) -> dict[str, float]:
+    """The workers' label-free metrics, each of about as many particles, as one."""
+    return {name: statistics.fmean(share.metrics[name] for share in shares) for name in shares[0].metrics}
 
 
 def _write_table(path: Path, columns: dict[str, list[float]]) -> None:

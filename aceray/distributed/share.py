@@ -1,7 +1,7 @@
 """One worker's share of a run: train on its particles, keep checkpoints, predict its poses. Knows no Ray."""
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed
@@ -42,10 +42,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker has at the end: the poses of its particles and the volume, which is the same on all workers."""
+    """What a worker has at the end: the poses of its particles, their label-free metrics, and the volume.
+
+    The volume is the same on all workers.
+    """
 
     poses: Poses
     volume: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train_share(
@@ -64,7 +68,7 @@ def train_share(
             if place.rank == 0:
                 folder.write_checkpoint(tensors, metadata, config.train.keep_checkpoints)
         yield progress
-    return Share(trainer.predict(), trainer.volume())
+    return Share(trainer.predict(), trainer.volume(), trainer.scores())
 
 
 def predict_share(
@@ -72,7 +76,7 @@ def predict_share(
 ) -> Share:
     """Poses and volume of the newest checkpoint of the folder; DataError when it is damaged or of another model."""
     trainer = _restored(config, folder, particles, stack, place)
-    return Share(trainer.predict(), trainer.volume())
+    return Share(trainer.predict(), trainer.volume(), trainer.scores())
 
 
 def _restored(config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place) -> Trainer:

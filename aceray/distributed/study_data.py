@@ -41,7 +41,7 @@ def prepare_data(study: Study, trials: list[Trial], on_simulation: OnSimulation 
 
 
 def _check_settings(study: Study, config: Config) -> None:
-    held_out = getattr(config.data, "heldout_fraction", 0.0)
+    held_out = config.data.heldout_fraction
     for objective in study.objective:
         if CRITERIA[objective.metric].needs == "heldout" and not held_out:
             raise ConfigError(

@@ -229,7 +229,8 @@ def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Gener
     waiting: list[Progress] = []
     while True:
         try:
-            waiting.append(next(progress))
+            # poses and a volume would make messages of megabytes
+            waiting.append(dataclasses.replace(next(progress), snapshot=None))
         except StopIteration as end:
             return end.value
         last = waiting[-1]

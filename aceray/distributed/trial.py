@@ -271,7 +271,7 @@ def _write_journal(trial: Trial, report: Report) -> None:
 
 def _scores_at(trial: Trial, events: list[Progress]) -> dict[str, float]:
     """Scores of a pair at one step; none of runs whose workers are elsewhere, which show no snapshots."""
-    snapshots = [snapshot for event in events if (snapshot := getattr(event, "snapshot", None)) is not None]
+    snapshots = [snapshot for event in events if (snapshot := event.snapshot) is not None]
     if len(snapshots) < 2:
         return {}
     if trial.configs[0].data.half_set is None:

@@ -4,7 +4,7 @@ A run is divided into lanes; each has its own particles and its own random numbe
 run computes depends on its lanes, not on how many workers share them, and a resumed run draws what it would have drawn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -23,10 +23,11 @@ Loss = Literal["mse", "symmetric", "generalised"]
 
 @dataclass(frozen=True)
 class Lane:
-    """One lane's number and its rows among the worker's particles."""
+    """One lane's number, the rows among the worker's particles that it samples, and those that are held out."""
 
     number: int
     rows: Tensor
+    held_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
 class Sampler:

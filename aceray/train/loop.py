@@ -12,14 +12,29 @@ from torch import Tensor, nn
 from aceray.errors import DataError, NonFiniteLoss
 from aceray.train.lanes import Loss, Sampler
 from aceray.train.objective import Objective
-from aceray.train.predict import Poses, calibrate_normalisation, predict
+from aceray.train.predict import Particles, Poses, calibrate_normalisation, predict
 from aceray.train.schedule import LabelFilters, LearningRate, ShiftWeight, TaskWeights
+from aceray.train.select import dihedral_metrics, residual_metrics
 from aceray.train.statistics import broadcast_from_first
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """What an evaluation looked at: poses of a part of the particles, the same at every step, and the volume.
+
+    Two runs, such as two seeds, are compared by it at the same step (train/select.py).
+    """
+
+    poses: Poses
+    volume: Float[Tensor, "d d d"]
+
+
+@dataclass(frozen=True)
 class Progress:
-    """What one step did. `metrics` is empty unless an evaluation was due."""
+    """What one step did. `metrics` is empty and `snapshot` is None unless an evaluation was due.
+
+    The snapshot stays in the process that trains: it is None in what comes from the workers of a cluster.
+    """
 
     step: int
     steps: int
@@ -27,6 +42,7 @@ class Progress:
     particles_per_second: float
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint_due: bool = False
+    snapshot: Snapshot | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,10 @@ _EVALUATION_PARTICLES = 1024
 
 
 class Trainer:
-    """A model in training: `run` yields progress, everything between two yields is one step."""
+    """A model in training: `run` yields progress, everything between two yields is one step.
+
+    `score` measures what each evaluation predicts; without it there are no evaluations.
+    """
 
     def __init__(
         self,
@@ -86,9 +105,10 @@ class Trainer:
             self.step += 1
             rate = self.sampler.particles_per_step / (time.perf_counter() - started)
             last = self.step == self.plan.steps
-            metrics = self._evaluate() if last or self.step % self.plan.evaluate_every == 0 else {}
+            evaluation_due = self._score is not None and (last or self.step % self.plan.evaluate_every == 0)
+            metrics, snapshot = self._evaluate() if evaluation_due else ({}, None)
             checkpoint_due = last or self.step % self.plan.checkpoint_every == 0
-            yield Progress(self.step, self.plan.steps, losses, rate, metrics, checkpoint_due)
+            yield Progress(self.step, self.plan.steps, losses, rate, metrics, checkpoint_due, snapshot)
 
     def predict(self) -> Poses:
         """Poses of all particles of this worker."""
@@ -96,6 +116,11 @@ class Trainer:
         calibrate_normalisation(self.model, particles.take(self.sampler.lanes[0].rows[:_CALIBRATION_PARTICLES]))
         broadcast_from_first(list(self.model.buffers()))
         return predict(self.model, particles, self.plan.stored_box)
+
+    def scores(self) -> dict[str, float]:
+        """Label-free metrics (train/select.py) of a part of this worker's particles, as `predict` left the encoder."""
+        few = self._few()
+        return self._scores(few, predict(self.model, few, self.plan.stored_box))
 
     def volume(self) -> Float[Tensor, "d d d"]:
         """The decoder's volume in the units of the stored images' density, at the training box."""
@@ -125,18 +150,30 @@ class Trainer:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
         self.step = metadata["step"]
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> tuple[dict[str, float], Snapshot]:
         """Metrics of a part of the particles; draws no random numbers, so training goes on as if it were not there."""
-        if self._score is None:
-            return {}
-        particles = self.sampler.particles
-        few = particles.take(
-            torch.arange(min(_EVALUATION_PARTICLES, len(particles)), device=self.model.signal_std.device)
-        )
+        few = self._few()
         calibrate_normalisation(self.model, few)
-        metrics = self._score(predict(self.model, few, self.plan.stored_box), self.volume())
+        poses, volume = predict(self.model, few, self.plan.stored_box), self.volume()
+        metrics = {} if self._score is None else self._score(poses, volume)
+        metrics = metrics | self._scores(few, poses)
         self.model.train()
-        return metrics
+        return metrics, Snapshot(poses, volume)
+
+    def _few(self) -> Particles:
+        particles = self.sampler.particles
+        rows = torch.arange(min(_EVALUATION_PARTICLES, len(particles)), device=self.model.signal_std.device)
+        return particles.take(rows)
+
+    def _scores(self, few: Particles, poses: Poses) -> dict[str, float]:
+        """Consistency of the encoder on a few particles; residuals of held-out ones or, without any, of those few."""
+        model, box = self.model, self.plan.stored_box
+        metrics = dihedral_metrics(model, few, poses.rotation)
+        held_out = torch.cat([lane.held_out for lane in self.sampler.lanes])[:_EVALUATION_PARTICLES]
+        if not len(held_out):
+            return metrics | residual_metrics("residual", model, few, poses, box)
+        unseen = self.sampler.particles.take(held_out.to(model.signal_std.device))
+        return metrics | residual_metrics("heldout", model, unseen, predict(model, unseen, box), box)
 
     def _learn(self, step: int) -> dict[str, float]:
         """One optimiser step on the weighted sum of both tasks (ACE-EM eqs. 8 and 14)."""

@@ -1,6 +1,7 @@
 """From stored particles to what the model sees, and from a trained model to the poses of particles."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -65,6 +66,14 @@ class Poses:
     residual: Float[Tensor, " n"]
 
 
+class Rendering(NamedTuple):
+    """Chosen poses of b images, rotation (b, 3, 3) and shift_px (b, 2) of the training box, rendered (b, p)."""
+
+    rotation: Tensor
+    shift_px: Tensor
+    coefficients: Tensor
+
+
 @torch.no_grad()
 def calibrate_normalisation(model: AutoEncoder, particles: Particles) -> None:
     """Replace the running statistics of batch normalisation by those of these images.
@@ -85,21 +94,28 @@ def calibrate_normalisation(model: AutoEncoder, particles: Particles) -> None:
         layer.momentum = momentum
 
 
+def best_poses(
+    model: AutoEncoder, transform: Tensor, images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None
+) -> Rendering:
+    """Encode images; of several candidate poses keep the one whose rendering is nearest to the image."""
+    hypotheses = model.encoder(images, ctf)
+    shifts = hypotheses.shift_px[:, None].expand(-1, hypotheses.rotation.shape[1], -1)
+    best = model.choose(transform, hypotheses.rotation, shifts, images, ctf)
+    rotation = hypotheses.rotation[torch.arange(len(best), device=best.device), best]
+    return Rendering(rotation, hypotheses.shift_px, model.render(transform, rotation, hypotheses.shift_px, ctf))
+
+
 @torch.no_grad()
 def predict(model: AutoEncoder, particles: Particles, stored_box: int) -> Poses:
-    """Encode every particle; of several candidate poses keep the one whose rendering is nearest to the image."""
+    """The best poses of all particles, a chunk at a time."""
     training = model.training
     model.eval()
     transform = model.decoder.transform()
     parts = []
     for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
         images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
-        hypotheses = model.encoder(images, ctf)
-        shifts = hypotheses.shift_px[:, None].expand(-1, hypotheses.rotation.shape[1], -1)
-        best = model.choose(transform, hypotheses.rotation, shifts, images, ctf)
-        rotation = hypotheses.rotation[torch.arange(len(best), device=best.device), best]
-        rendered = model.render(transform, rotation, hypotheses.shift_px, ctf)
-        parts.append((rotation, hypotheses.shift_px, model.residual(rendered, images)))
+        found = best_poses(model, transform, images, ctf)
+        parts.append((found.rotation, found.shift_px, model.residual(found.coefficients, images)))
     model.train(training)
     rotation, shift_px, residual = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Poses(particles.particle_id, rotation, shift_px * (stored_box / model.disc.box), residual)

@@ -63,6 +63,8 @@ def test_files_of_a_run(finished: tuple[RunResult, list[Progress]]) -> None:
     assert metrics == result.metrics
     for name in ("train/loss_ipi", "train/wall_seconds", "pose/rotation_sqfrob_median", "fsc/resolution_px_0.5"):
         assert name in metrics
+    for name in ("select/d4_consistency", "select/residual_loss", "select/residual_whitened_high"):
+        assert 0 < metrics[name] < 10
     assert metrics["train/steps"] == 40
     with mrcfile.open(folder / "volume.mrc") as file:
         assert file.voxel_size.x == pytest.approx(PIXEL_SIZE)

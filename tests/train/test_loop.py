@@ -13,8 +13,9 @@ from aceray.errors import DataError, NonFiniteLoss
 from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Trainer
 from aceray.train.objective import Objective, ShiftMoments
-from aceray.train.predict import Particles, calibrate_normalisation, predict
+from aceray.train.predict import Particles, Poses, calibrate_normalisation, predict
 from aceray.train.schedule import LabelFilters, ShiftWeight, TaskWeights, WarmupCosine
+from aceray.train.select import pose_agreement
 from tests.train.phantom import BOX, autoencoder, projections
 
 STEPS = 8
@@ -76,8 +77,69 @@ def test_watching_does_not_disturb() -> None:
     watched = trainer(lambda poses, volume: seen.append(poses) or {"pose/coverage": 0.5}, evaluate_every=1)
     events = list(watched.run())
     assert len(seen) == STEPS
-    assert events[0].metrics == {"pose/coverage": 0.5}
+    assert events[0].metrics["pose/coverage"] == 0.5
     assert [event.losses for event in events] == losses(trainer())
+
+
+SCORES = {"select/d4_consistency", "select/d4_consistency_median"}
+RESIDUALS = {f"{kind}{band}" for kind in ("loss", "whitened") for band in ("", "_low", "_middle", "_high")}
+
+
+def blind(poses: Poses, volume: torch.Tensor) -> dict[str, float]:
+    """What there is to say without the truth, beside the scores that need none."""
+    return {}
+
+
+def test_evaluations_draw_no_random_numbers_and_need_no_truth() -> None:
+    state = torch.get_rng_state()
+    events = list(trainer(blind, evaluate_every=3).run())
+    assert torch.equal(state, torch.get_rng_state())
+    assert [bool(event.metrics) for event in events] == [step in (3, 6, 8) for step in range(1, STEPS + 1)]
+    assert set(events[2].metrics) == SCORES | {f"select/residual_{name}" for name in RESIDUALS}
+    assert [event.losses for event in events] == losses(trainer())
+
+
+def test_an_evaluation_leaves_a_snapshot_to_compare_runs_by() -> None:
+    first, second = trainer(blind, evaluate_every=4), trainer(blind, evaluate_every=4)
+    second.sampler.seed = 2
+    events = list(zip(first.run(), second.run(), strict=True))
+    for one, other in events:
+        assert (one.snapshot is None) == (other.snapshot is None) == (not one.metrics)
+    snapshots = [(one.snapshot, other.snapshot) for one, other in events if one.snapshot and other.snapshot]
+    for one, other in snapshots:
+        assert pose_agreement(one.poses, other.poses)["select/pose_agreement_sqfrob"] > 1e-4
+    one, other = snapshots[-1]
+    assert torch.equal(one.poses.particle_id, other.poses.particle_id)
+    # what was seen then stays, though training went on
+    assert not torch.equal(snapshots[0][0].volume, one.volume)
+    assert torch.equal(one.volume, first.volume())
+
+
+def with_held_out(held_out: torch.Tensor, particles: Particles) -> Trainer:
+    source = trainer(blind, particles=particles)
+    rows = torch.arange(len(particles))
+    source.sampler.lanes = [Lane(0, rows[~torch.isin(rows, held_out)], held_out)]
+    return source
+
+
+def test_held_out_particles_are_measured_and_never_touched() -> None:
+    held_out = torch.arange(1, 64, 5)
+    source = with_held_out(held_out, projections(64)[0])
+    events = list(source.run())
+    assert set(events[-1].metrics) == SCORES | {f"select/heldout_{name}" for name in RESIDUALS}
+    unseen = predict(source.model, source.sampler.particles.take(held_out), BOX)
+    assert events[-1].metrics["select/heldout_loss"] == pytest.approx(float(unseen.residual.mean()), rel=1e-4)
+    assert len(source.predict().rotation) == 64
+    assert source.scores()["select/heldout_loss"] == pytest.approx(
+        float(predict(source.model, source.sampler.particles.take(held_out), BOX).residual.mean()), rel=1e-4
+    )
+    # images or contrast transfer of a held-out particle would spoil every loss
+    spoilt = projections(64)[0]
+    spoilt.coefficients[held_out] = float("nan")
+    assert spoilt.ctf is not None
+    spoilt.ctf.defocus_u_angstrom[held_out] = float("nan")
+    steps = with_held_out(held_out, spoilt).run()
+    assert [next(steps).losses for _ in range(7)] == [event.losses for event in events[:7]]
 
 
 def test_a_resumed_run_ends_as_an_undisturbed_one() -> None:
