@@ -78,7 +78,7 @@ class StudyDisplay:
 
     def happened(self, event: Any) -> None:
         """Show an event of a trial."""
-        row = self.rows.pop(event.name, None) or _TrialRow(event.name)
+        row = self.rows.pop(event.name, None) or TrialRow(event.name)
         line = row.take(event, self.metric)
         self.rows[event.name] = row  # the newest last
         if line and not self.console.is_terminal:
@@ -96,7 +96,7 @@ class StudyDisplay:
         return Group(self.head, table)
 
 
-class _TrialRow:
+class TrialRow:
     """What the table shows of a trial."""
 
     def __init__(self, name: str) -> None:

@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 from aceray import api, cli
 from aceray.config import Config
+from aceray.display import TrialRow
+from aceray.distributed.trial import Report, TrialEvent
 from aceray.errors import DataError
 from aceray.presets import load_config, to_yaml
+from aceray.study import load_study
 
 METRICS = {
     "fsc/resolution_px_0.5": 2.345,
@@ -230,3 +233,62 @@ cli.main()
     assert process.returncode == 130
     assert errors.strip().endswith("aceray train demo name=other --existing resume")
     assert "Traceback" not in errors
+
+
+class Trials:
+    """The result of a study, and one event of a trial."""
+
+    def __init__(self, folder: Path, *statuses: str) -> None:
+        self.folder, self.paths, self.mlflow_run_id, self.tracking_uri = folder, {}, "abc123", "sqlite:////x/m.db"
+        self.trials = {f"t{number}": {"status": each, "reason": "broken"} for number, each in enumerate(statuses)}
+        self.study = load_study("smoke")
+
+
+def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaderboard.md").write_text("| trial | rank |\n")
+    seen: list[Any] = []
+
+    def tune(study: Any, *, address: str, resume: bool, on_event: Any, on_simulation: Any) -> Trials:
+        seen.extend([study, address, resume])
+        metrics = {"pose/rotation_sqfrob_mean": 0.4321}
+        on_event(TrialEvent("t0", 0, {}, "running"))
+        on_event(TrialEvent("t0", 0, {}, "running", Report(40, 120, metrics, 1000.0)))
+        on_event(TrialEvent("t1", 1, {}, "failed", reason="a loss is nan"))
+        return Trials(tmp_path, "finished", "failed")
+
+    monkeypatch.setattr(api, "tune", tune)
+    done = call("tune", "smoke", "search.trials=2", "train.steps=9", "--address", "none", "--resume")
+    assert done.exit_code == 0, done.output
+    assert seen == [load_study("smoke", "search.trials=2", "train.steps=9"), "none", True]
+    assert done.stdout.startswith("| trial | rank |\n")
+    assert "trials       1 finished, 1 failed\n" in done.stdout
+    assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[0] == "t0  running" and lines[2] == "t1  failed: a loss is nan"
+    assert lines[1].startswith("t0  running  step     40 of 120  pose/rotation_sqfrob_mean 0.4321")
+
+
+def test_a_study_whose_trials_all_failed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "compare", lambda folder: Trials(tmp_path, "failed", "failed"))
+    done = call("compare", "studies/smoke")
+    assert done.exit_code == 2
+    assert done.stderr == "error: smoke: all 2 trials failed; the first: broken\n"
+
+
+def test_mistakes_of_a_study_are_one_line(tmp_path: Path) -> None:
+    for arguments in (("tune", "smoke", "space.pip.wieght=[1]"), ("tune", "nothing"), ("compare", str(tmp_path))):
+        done = call(*arguments)
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_table_of_trials_shows_how_far_each_is() -> None:
+    row = TrialRow("t0")
+    row.take(TrialEvent("t0", 0, {}, "running"), "fsc/auc")
+    row.since -= 20
+    metrics = {"fsc/auc": 0.51234, "fsc/resolution_px_0.5": 4.567, "pose/rotation_sqfrob_mean": 1.2345}
+    row.take(TrialEvent("t0", 0, {}, "running", Report(10, 40, metrics, 1234.5)), "fsc/auc")
+    name, status, step, objective, resolution, error, speed, left = row.cells()
+    assert (name, status, step, objective) == ("t0", "running", "10/40", "0.5123")
+    assert (resolution, error, speed) == ("4.57", "1.234", "1,234")
+    assert left in ("1:00", "0:59")

@@ -190,7 +190,7 @@ def test_a_criterion_that_orders_as_the_truth_does_has_plus_one_whatever_its_dir
     found = {
         each.criterion: each
         for each in agreements(
-            [scored(n, "a", n / 2, d4_consistency=n**2, half_map_fsc_area=-n, residual=-n) for n in range(8)]
+            [scored(n, "a", n / 2, d4_consistency=n**2, half_map_fsc_area=-n, residual_loss=-n) for n in range(8)]
         )
     }
     assert found["select/d4_consistency"].overall == pytest.approx({MEAN: 1.0, AREA: 1.0})
@@ -220,7 +220,7 @@ def test_too_few_trials_or_none_with_the_truth_give_no_table() -> None:
 
 
 def test_the_criteria_are_told_best_first(study: Study) -> None:
-    entries = [scored(n, "a", n / 2, residual=-n, d4_consistency=n, heldout_loss=1.0) for n in range(8)]
+    entries = [scored(n, "a", n / 2, residual_loss=-n, d4_consistency=n, heldout_loss=1.0) for n in range(8)]
     lines = [line for line in criteria_markdown(study, agreements(entries)).splitlines() if "select/" in line]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == [
         "select/d4_consistency", "select/residual_loss", "select/heldout_loss",

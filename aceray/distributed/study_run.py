@@ -129,8 +129,7 @@ def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> O
 def _summarise(tracker: StudyTracker, result: StudyResult) -> None:
     for trial in _trial_folders(result.folder):  # what an outage kept back
         tracker.follow(trial)
-    leaderboard = result.paths.get("leaderboard")
-    note = leaderboard.read_text(encoding="utf-8") if leaderboard else result.study.description
+    note = (result.folder / "leaderboard.md").read_text(encoding="utf-8")
     best = best_trial(result)
     paths = [_study_file(result.folder), *result.paths.values()]
     tracker.summarise(paths, note, result.folder / "trials" / best if best else None)

@@ -190,7 +190,7 @@ def _spread(index: int, count: int) -> float:
     return 0.0 if count == 1 else 0.4 * (index / (count - 1) - 0.5)
 
 
-def _widened(ends: tuple[float, float], logarithmic: bool) -> tuple[float, float]:
+def _widened(ends: Sequence[float], logarithmic: bool) -> tuple[float, float]:
     low, high = ends
     if logarithmic:
         factor = (high / low) ** 0.05
@@ -301,8 +301,8 @@ def _draw_row(
     return [value for line in lines.values() for value in line.values()]
 
 
-def _line(history: History, metric: str) -> dict[float, float]:
-    return {row["step"]: float(row[metric]) for row in history if row.get(metric) is not None}
+def _line(history: History, metric: str) -> dict[int, float]:
+    return {int(row["step"]): float(row[metric]) for row in history if row.get(metric) is not None}
 
 
 @matplotlib.rc_context(STYLE)
