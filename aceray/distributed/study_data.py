@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aceray.config import Config
+from aceray.criteria import CRITERIA
 from aceray.data.particles import ParticleSet, open_particles
 from aceray.distributed import prepare
 from aceray.distributed.trial import Trial
 from aceray.errors import ConfigError, DataError
-from aceray.criteria import CRITERIA
 from aceray.study import Study
 
 OnSimulation = Callable[[prepare.SimulationProgress], None]

@@ -190,7 +190,7 @@ def _spread(index: int, count: int) -> float:
     return 0.0 if count == 1 else 0.4 * (index / (count - 1) - 0.5)
 
 
-def _widened(ends: Sequence[float], logarithmic: bool) -> tuple[float, float]:
+def _widened(ends: Sequence[float | int], logarithmic: bool) -> tuple[float, float]:
     low, high = ends
     if logarithmic:
         factor = (high / low) ** 0.05
