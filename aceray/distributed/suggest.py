@@ -53,22 +53,23 @@ class Suggestions(OptunaSearch):
             study_name=study.name,
             storage=storage,
         )
+        self._memory: optuna.Study = self._ot_study  # pyright: ignore[reportAttributeAccessIssue]
         self._objectives = metrics
         self._unfinished = self._left_behind(study, make_trial)
-        ended = len(self._ot_study.trials) - len(self._unfinished)
+        ended = len(self._memory.trials) - len(self._unfinished)
         self.remaining = max(0, (study.search.trials or 0) - ended)
         """How many trials are still to run, those that go on among them."""
 
     def _left_behind(self, study: Study, make_trial: MakeTrial) -> list[optuna.trial.Trial]:
         """Trials that were given out and not told; those that ended in the meantime are told now."""
         left = []
-        for frozen in self._ot_study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-            given = optuna.trial.Trial(self._ot_study, frozen._trial_id)
+        for frozen in self._memory.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            given = optuna.trial.Trial(self._memory, frozen._trial_id)
             notes = read_notes(make_trial(frozen.number, suggested_point(study, given)).folder)
             if notes.get("status") in ENDED:
                 values = None if notes["status"] == "failed" else self._values(notes["metrics"])
                 state = optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL
-                self._ot_study.tell(given, values, state=state)
+                self._memory.tell(given, values, state=state)
             else:
                 left.append(given)
         return left

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,19 +23,19 @@ OWNER = "owner.txt"
 
 
 def trainable_of(study: Study, population: list[Trial], shelf: Any) -> Callable[[dict[str, Any]], None]:
-    """The function that Tune runs for each trial; `config` holds the trial, or the values that its name may have."""
+    """The function that Tune runs for each trial."""
     trials = {trial.name: trial for trial in population}
-    mutations = study.scheduler.mutations
+    return functools.partial(train, trials=trials, mutations=study.scheduler.mutations, shelf=shelf)
 
-    def train(config: dict[str, Any]) -> None:
-        trial = config.get("trial") or trials[tune.get_context().get_trial_name()]
-        torch.set_num_threads(max(1, int(trial.configs[0].resources.cpus_per_worker)))
-        with tempfile.TemporaryDirectory(prefix="aceray-") as handed:
-            donor = _donor(trial)
-            trial = _with_values(trial, {key: config[key] for key in mutations}, donor)
-            _report_all(trial, shelf, donor, Path(handed) if mutations else None)
 
-    return train
+def train(config: dict[str, Any], *, trials: dict[str, Trial], mutations: tuple[str, ...], shelf: Any) -> None:
+    """Run a trial; `config` holds it, or of those in `trials` the values that may change in mid-run."""
+    trial = config.get("trial") or trials[tune.get_context().get_trial_name()]
+    torch.set_num_threads(max(1, int(trial.configs[0].resources.cpus_per_worker)))
+    with tempfile.TemporaryDirectory(prefix="aceray-") as handed:
+        donor = _donor(trial)
+        trial = _with_values(trial, {key: config[key] for key in mutations}, donor)
+        _report_all(trial, shelf, donor, Path(handed) if mutations else None)
 
 
 def _report_all(trial: Trial, shelf: Any, start_from: Path | None, handed: Path | None) -> None:
@@ -62,7 +63,7 @@ def _hand(trial: Trial, report: Report, handed: Path | None) -> tune.Checkpoint 
         left.unlink()
     shutil.copy(report.checkpoint, handed)
     (handed / OWNER).write_text(trial.name)
-    return tune.Checkpoint.from_directory(str(handed))
+    return tune.Checkpoint(str(handed))
 
 
 def _donor(trial: Trial) -> Path | None:

@@ -7,7 +7,6 @@ process has alone, at its peak above what it had before; the one copy that all s
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import ray
 import torch
 
 import aceray
-from aceray.config import Config
 from aceray.data.manifest import ImageLayout
 from aceray.data.writer import ParticleWriter
 from aceray.distributed.cluster import connect
@@ -56,8 +54,10 @@ class Reading:
 
     def read(self, shelf: Any, path: str) -> None:
         """From the shelf, or without one from the shards."""
-        read: Callable[[Config], tuple] = reader(shelf) if shelf else read_particles
-        _, stack = read(aceray.load_config(f"data.path={path}"))
+        if shelf is None:
+            _, stack = read_particles(path, None, None)
+        else:
+            _, stack = reader(shelf)(aceray.load_config(f"data.path={path}"))
         assert torch.isfinite(stack.images.sum())
 
 
