@@ -128,12 +128,14 @@ def tune(
     resume: bool = False,
     on_event: OnProgress | None = None,
     on_simulation: OnProgress | None = None,
+    on_oracle: Callable[[Path, Any], None] | None = None,
 ) -> "StudyResult":
     """Run a study (`study/smoke`, a path, or what `load_study` gave); everything is in its folder `studies/<name>`.
 
     `address` is `local` (a Ray of its own), that of a cluster, or `none`: in this process, one trial after another.
     With `resume` an earlier study of that name goes on. `on_event` is called with the `TrialEvent` of every evaluation
-    and change of status, `on_simulation` after every shard of a data set that is made.
+    and change of status, `on_simulation` after every shard of a data set that is made, `on_oracle` with the folder of a
+    data set and the `OracleProgress` of its search.
 
     Raises:
         ConfigError: the study has a mistake, its data cannot give the objective, or it is not the one to resume.
@@ -143,15 +145,15 @@ def tune(
     from aceray.distributed import study_run
 
     whole = load_study(study, *overrides) if isinstance(study, str) else study
-    return study_run.run_study(whole, address, resume, on_event, on_simulation)
+    return study_run.run_study(whole, address, resume, on_event, on_simulation, on_oracle)
 
 
-def compare(study_folder: str | Path) -> "StudyResult":
-    """Write the leaderboard, the tables and the figures of an earlier study again.
+def compare(study_folder: str | Path, on_oracle: Callable[[Path, Any], None] | None = None) -> "StudyResult":
+    """Write the leaderboard, the tables and the figures of an earlier study again; `on_oracle` as for `tune`.
 
     Raises:
         DataError: this is no folder of a study.
     """
     from aceray.distributed import study_run
 
-    return study_run.open_study(study_folder)
+    return study_run.open_study(study_folder, on_oracle)

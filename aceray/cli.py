@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from aceray import api
@@ -144,7 +145,12 @@ def tune(
         whole = api.load_study(study, *settings)
         with StudyDisplay(whole.objective[0].metric) as display:
             result = api.tune(
-                whole, address=address, resume=resume, on_event=display.happened, on_simulation=display.simulated
+                whole,
+                address=address,
+                resume=resume,
+                on_event=display.happened,
+                on_simulation=display.simulated,
+                on_oracle=display.searched,
             )
     _print_study(result)
 
@@ -152,8 +158,8 @@ def tune(
 @app.command()
 def compare(study_folder: Annotated[str, typer.Argument(help="folder of a study, for example studies/smoke")]) -> None:
     """Rank the trials of an earlier study again and renew its leaderboard, tables and figures."""
-    with _readable("to start again, repeat the command"):
-        result = api.compare(study_folder)
+    with _readable("to start again, repeat the command"), StudyDisplay() as display:
+        result = api.compare(study_folder, display.searched)
     _print_study(result)
 
 
@@ -176,9 +182,9 @@ def _readable(advice: str) -> Iterator[None]:
 
 def _print_study(result: "StudyResult") -> None:
     """The leaderboard, the files, how to see the study in MLflow; exit code 2 when every trial failed."""
-    leaderboard = result.folder / "leaderboard.md"
-    if leaderboard.exists():
-        print(leaderboard.read_text(encoding="utf-8"))
+    for name in ("leaderboard", "table"):
+        if name in result.paths:
+            _print_markdown(result.paths[name])
     count = Counter(notes["status"] for notes in result.trials.values())
     print(f"{'study':12} {_from_here(result.folder)}")
     print(f"{'trials':12} " + ", ".join(f"{number} {status}" for status, number in count.items()))
@@ -192,6 +198,15 @@ def _print_study(result: "StudyResult") -> None:
             f"error: {result.study.name}: all {len(result.trials)} trials failed; the first: {first}", file=sys.stderr
         )
         raise typer.Exit(USER_ERROR)
+
+
+def _print_markdown(path: Path) -> None:
+    """Typeset in a terminal, as it is anywhere else."""
+    text, console = path.read_text(encoding="utf-8"), Console(highlight=False)
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        print(text)
 
 
 def _print_result(result: "RunResult") -> None:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -58,7 +59,7 @@ class RunDisplay:
 class StudyDisplay:
     """In a terminal a table of the trials; elsewhere a line for every evaluation and change of status."""
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str = "") -> None:
         self.console = Console(stderr=True, highlight=False)
         self.metric, self.rows, self.head = metric, {}, Text("reading the data")
         self.live = Live(self._table(), console=self.console, transient=True)
@@ -74,6 +75,14 @@ class StudyDisplay:
     def simulated(self, progress: Any) -> None:
         """Show how far a data set is."""
         self.head.plain = f"simulating: {progress.particles_done:,} of {progress.particles:,} particles"
+        self.live.update(self._table())
+
+    def searched(self, folder: Path, progress: Any) -> None:
+        """Show how far the oracle of a data set is; elsewhere a line when it is there."""
+        line = f"oracle of {folder.name}: {progress.done:,} of {progress.particles:,} particles"
+        if progress.done == progress.particles and not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)
+        self.head.plain = line
         self.live.update(self._table())
 
     def happened(self, event: Any) -> None:

@@ -79,7 +79,7 @@ def write_study_results(study: Study, folder: Path, on_oracle: OnOracle | None =
     if study.table is not None:
         oracle = find_oracles(entries, folder / "oracle.json", on_oracle) if study.table.oracle else {}
         comparison = compare(study, entries, oracle)
-        texts["table.md"] = table_markdown(study, comparison, entries, _command(study, folder))
+        texts["table.md"] = table_markdown(study, comparison, entries, _command(study))
         if any(cell.values for cell in comparison.cells.values()):
             figures["table"] = table_figure(comparison)
     if found := agreements(entries):
@@ -108,10 +108,9 @@ def _write_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
             figure.savefig(file, format="png")
 
 
-def _command(study: Study, folder: Path) -> str:
-    """The command that made the study, as its notes have it; else one that makes it again."""
-    notes = _read_object(folder / "study.json")
-    return notes.get("command") or f"aceray tune {study.studies}/{study.name}/study.yaml"
+def _command(study: Study) -> str:
+    """A command that makes the study again."""
+    return f"aceray tune {study.studies}/{study.name}/study.yaml name=again"
 
 
 # ---- from the folders

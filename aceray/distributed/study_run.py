@@ -20,7 +20,7 @@ from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import storage_error, written_atomically
 from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
-from aceray.distributed.study_results import write_study_results
+from aceray.distributed.study_results import OnOracle, read_entries, write_study_results
 from aceray.distributed.trial import (
     ENDED,
     Trial,
@@ -33,6 +33,7 @@ from aceray.distributed.trial import (
 )
 from aceray.errors import AcerayError, ConfigError, DataError
 from aceray.folder import write_json
+from aceray.leaderboard import ranking
 from aceray.presets import to_yaml, with_overrides
 from aceray.study import Point, Study, applicable, grid, load_study, suggested_point, trial_name
 from aceray.tracking.study import StudyTracker, start_study_tracking
@@ -66,6 +67,7 @@ def run_study(
     resume: bool = False,
     on_event: OnEvent | None = None,
     on_simulation: OnSimulation | None = None,
+    on_oracle: OnOracle | None = None,
 ) -> StudyResult:
     """Run a study to its end; everything is in its folder `studies/<name>`.
 
@@ -89,12 +91,12 @@ def run_study(
         tags = {"aceray.dataset_sha256": ", ".join(sorted(set(digests.values())))}
         with start_study_tracking(asked[0].configs[0], study.name, folder, tags) as tracker:
             _run_trials(study, folder, trials, address, _tracked(tracker, folder, on_event))
-            result = read_study_result(study, folder)
+            result = read_study_result(study, folder, on_oracle)
             _summarise(tracker, result)
         return dataclasses.replace(result, mlflow_run_id=tracker.run_id, tracking_uri=tracker.uri)
 
 
-def open_study(folder: str | Path) -> StudyResult:
+def open_study(folder: str | Path, on_oracle: OnOracle | None = None) -> StudyResult:
     """A study that was run before, its results written again.
 
     Raises:
@@ -103,14 +105,14 @@ def open_study(folder: str | Path) -> StudyResult:
     path = Path(folder).absolute()
     if not _study_file(path).exists():
         raise DataError(f"{path}: not the folder of a study (study.yaml is missing); nothing was touched")
-    return read_study_result(load_study(str(_study_file(path))), path)
+    return read_study_result(load_study(str(_study_file(path))), path, on_oracle)
 
 
-def read_study_result(study: Study, folder: Path) -> StudyResult:
+def read_study_result(study: Study, folder: Path, on_oracle: OnOracle | None = None) -> StudyResult:
     """Write the leaderboard, the tables and the figures from the trials' folders."""
     notes = {path.name: read_notes(path) for path in _trial_folders(folder)}
     trials = dict(sorted(notes.items(), key=lambda item: item[1]["number"]))
-    return StudyResult(study, folder, trials, write_study_results(study, folder))
+    return StudyResult(study, folder, trials, write_study_results(study, folder, on_oracle))
 
 
 def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> OnEvent:
@@ -136,15 +138,10 @@ def _summarise(tracker: StudyTracker, result: StudyResult) -> None:
 
 
 def best_trial(result: StudyResult) -> str | None:
-    """Name of the finished trial that is best by the first objective."""
-    objective = result.study.objective[0]
-    values = {
-        name: value
-        for name, notes in result.trials.items()
-        if notes["status"] == "finished" and (value := notes["metrics"].get(objective.metric)) is not None
-    }
-    choose = min if objective.direction == "min" else max
-    return choose(values, key=values.__getitem__) if values else None
+    """Name of the finished trial that is best by the objectives."""
+    finished = [entry for entry in read_entries(result.study, result.folder) if entry.status == "finished"]
+    places = ranking(finished, result.study.objective)
+    return places[0].entry.name if places and places[0].rank is not None else None
 
 
 def _trial_folders(folder: Path) -> list[Path]:
