@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from aceray.comparison import compare, table_markdown
@@ -43,6 +42,7 @@ from aceray.train.evaluate import HALF_MAP_THRESHOLD, in_frame_of
 from aceray.train.figures import History
 from aceray.train.oracle import OracleProgress
 from aceray.train.study_figures import (
+    Figure,
     Tile,
     contact_sheet,
     curves_figure,
