@@ -162,8 +162,7 @@ def _positions(panel: Axes, study: Study, key: str, entries: Sequence[Entry]) ->
     having, dimension = [entry for entry in entries if key in entry.point], study.space[key]
     if dimension.range is not None:
         if dimension.log_uniform is not None:
-            panel.set_xscale("log")
-            plain_logarithms(panel.xaxis)
+            _logarithmic(panel, "x", dimension.log_uniform)
         else:
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=dimension.integers is not None))
         panel.set_xlim(*_widened(dimension.range, dimension.log_uniform is not None))
@@ -219,11 +218,15 @@ def _draw_medians(panel: Axes, positions: Mapping[int, float], entries: Sequence
 def scale_axis(panel: Axes, axis: Literal["x", "y"], values: Sequence[float]) -> None:
     """A logarithmic axis with plain ticks for positive values that spread widely."""
     if values and min(values) > 0 and max(values) >= _LOGARITHMIC_FROM * min(values):
-        panel.set(**{f"{axis}scale": "log"})
-        chosen = panel.yaxis if axis == "y" else panel.xaxis
-        plain_logarithms(chosen)
-        if max(values) > _DECADES_ONLY_FROM * min(values):
-            chosen.set_major_locator(LogLocator())
+        _logarithmic(panel, axis, values)
+
+
+def _logarithmic(panel: Axes, axis: Literal["x", "y"], values: Sequence[float]) -> None:
+    panel.set(**{f"{axis}scale": "log"})
+    chosen = panel.yaxis if axis == "y" else panel.xaxis
+    plain_logarithms(chosen)
+    if max(values) > _DECADES_ONLY_FROM * min(values):
+        chosen.set_major_locator(LogLocator())
 
 
 @matplotlib.rc_context(STYLE)
