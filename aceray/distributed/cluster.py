@@ -97,7 +97,7 @@ def _start(options: dict[str, Any]) -> None:
     try:
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError, ValueError) as error:  # the last of an address that is none
         raise _no_answer(options["address"], error) from error
     _protect_token()
 

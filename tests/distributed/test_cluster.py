@@ -75,7 +75,9 @@ def test_a_cluster_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:70000", "no-such-host.invalid:6379"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:70000", "no-such-host.invalid:6379", "host:port"]
+)
 def test_an_address_where_nothing_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would try for two minutes."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
