@@ -188,8 +188,8 @@ def _print_study(result: "StudyResult") -> None:
     count = Counter(notes["status"] for notes in result.trials.values())
     print(f"{'study':12} {_from_here(result.folder)}")
     print(f"{'trials':12} " + ", ".join(f"{number} {status}" for status, number in count.items()))
-    for name, path in result.paths.items():
-        print(f"{name:12} {_from_here(path)}")
+    for path in result.paths.values():
+        print(f"{path.stem:12} {_from_here(path)}")
     if result.mlflow_run_id is not None and result.tracking_uri is not None:
         _print_how_to_open("study", result.tracking_uri, result.mlflow_run_id)
     if result.trials and set(count) == {"failed"}:

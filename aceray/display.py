@@ -73,8 +73,11 @@ class StudyDisplay:
         self.live.stop()
 
     def simulated(self, progress: Any) -> None:
-        """Show how far a data set is."""
-        self.head.plain = f"simulating: {progress.particles_done:,} of {progress.particles:,} particles"
+        """Show how far a data set is; elsewhere a line when it is there."""
+        line = f"simulating: {progress.particles_done:,} of {progress.particles:,} particles"
+        if progress.particles_done == progress.particles and not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)
+        self.head.plain = line
         self.live.update(self._table())
 
     def searched(self, folder: Path, progress: Any) -> None:

@@ -23,7 +23,7 @@ from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
 from aceray.presets import load_config
-from aceray.tracking.run import Tracker, software_tags, start_tracking
+from aceray.tracking.run import Tracker, presets_tag, software_tags, start_tracking
 from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress
@@ -227,8 +227,7 @@ def _check_data(folder: RunFolder, particles: ParticleSet) -> None:
 
 
 def _tags(config: Config, dataset_sha256: str) -> dict[str, str]:
-    presets = ", ".join(config.presets) or "base"
-    return {"aceray.presets": presets, "aceray.dataset_sha256": dataset_sha256, **software_tags()}
+    return {"aceray.presets": presets_tag(config), "aceray.dataset_sha256": dataset_sha256, **software_tags()}
 
 
 def _device(config: Config) -> str:

@@ -132,16 +132,15 @@ def _summarise(tracker: StudyTracker, result: StudyResult) -> None:
     for trial in _trial_folders(result.folder):  # what an outage kept back
         tracker.follow(trial)
     note = (result.folder / "leaderboard.md").read_text(encoding="utf-8")
-    best = best_trial(result)
     paths = [_study_file(result.folder), *result.paths.values()]
-    tracker.summarise(paths, note, result.folder / "trials" / best if best else None)
+    tracker.summarise(paths, note, ranked_trials(result))
 
 
-def best_trial(result: StudyResult) -> str | None:
-    """Name of the finished trial that is best by the objectives."""
+def ranked_trials(result: StudyResult) -> list[str]:
+    """Names of the finished trials that have the objectives, best first."""
     finished = [entry for entry in read_entries(result.study, result.folder) if entry.status == "finished"]
     places = ranking(finished, result.study.objective)
-    return places[0].entry.name if places and places[0].rank is not None else None
+    return [place.entry.name for place in places if place.rank is not None]
 
 
 def _trial_folders(folder: Path) -> list[Path]:

@@ -190,6 +190,11 @@ def resolve_uri(uri: str) -> str:
     return uri
 
 
+def presets_tag(config: Config) -> str:
+    """The presets that a run was given, as its tag aceray.presets names them."""
+    return ", ".join(config.presets) or "base"
+
+
 def software_tags() -> dict[str, str]:
     """Versions of what computes, and the git commit of the working directory when it has one."""
     tags = {}

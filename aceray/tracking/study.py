@@ -6,11 +6,12 @@ many trials run at once, the store has one writer, and nothing is lost that reac
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
 from aceray.config import Config
 from aceray.folder import RunFolder, write_json
@@ -22,6 +23,7 @@ from aceray.tracking.run import (
     earlier_run,
     experiment_id,
     first_line,
+    presets_tag,
     resolve_uri,
     send_journal,
     software_tags,
@@ -41,6 +43,10 @@ STATUS = {
     "failed": "FAILED",
 }
 ALIAS = "best"
+# more columns than that cannot be read side by side
+MOST_COMPARED = 20
+# MLflow cuts longer values of a tag, in the middle of a line
+LONGEST_NOTE = 8000
 
 
 class StudyTracker:
@@ -52,8 +58,11 @@ class StudyTracker:
     def follow(self, trial: Path) -> None:
         """Record what is new in the folder of a trial."""
 
-    def summarise(self, paths: Iterable[Path], note: str, best: Path | None) -> None:
-        """Store the results with the parent run, and register the best trial as a model version."""
+    def summarise(self, paths: Iterable[Path], note: str, ranked: Sequence[str]) -> None:
+        """Store the results with the parent run, and register the best trial as a model version.
+
+        `ranked`: names of the finished trials, best first.
+        """
 
     def __enter__(self) -> "StudyTracker":
         return self
@@ -101,12 +110,12 @@ class MlflowStudyTracker(StudyTracker):
         if not notes or self._ended.get(trial.name) == notes["status"] != "running":
             return
         runs = _runs_of(trial)
-        if not runs and notes["status"] == "running":
-            return  # its settings will be there in a moment
+        digests = {digest for run in runs if (digest := run.read_notes().get("dataset_sha256"))}
+        if not digests and notes["status"] == "running":
+            return  # its settings and its data will be there in a moment
         tags = {**self._tags, "aceray.trial": trial.name, "mlflow.parentRunId": str(self.run_id)}
-        tags["aceray.dataset_sha256"] = ", ".join(
-            sorted({digest for run in runs if (digest := run.read_notes().get("dataset_sha256"))})
-        )
+        if digests:  # a trial that failed before it read anything keeps those of the study
+            tags["aceray.dataset_sha256"] = ", ".join(sorted(digests))
         child = self._tracker(trial.name, RunFolder(trial), runs, notes["point"], tags)
         send_journal(child, RunFolder(trial))
         members = [(run, f"{trial.name}/{run.path.name}") for run in runs if run.path != trial]
@@ -119,8 +128,9 @@ class MlflowStudyTracker(StudyTracker):
         self._ended.pop(trial.name, None)
         if notes["status"] != "running":
             for run, key in members:
-                self._end(key, run, notes, _read(run.metrics))
-            self._end(trial.name, RunFolder(trial), notes, notes["metrics"])
+                self._end(key, run, notes, _results(notes, run, _read(run.metrics)))
+            first = runs[0] if runs else RunFolder(trial)
+            self._end(trial.name, RunFolder(trial), notes, _results(notes, first, notes["metrics"]))
             self._ended[trial.name] = notes["status"]
             self._keep_notes()
 
@@ -131,8 +141,9 @@ class MlflowStudyTracker(StudyTracker):
         if key not in self._open:
             found = earlier_run(self.client, folder, self._known.get(key))
             if found is None:
-                settings = _shared([load_config(str(run.config)) for run in runs]) or point
-                tags = {**software_tags(), **tags}
+                configs = [load_config(str(run.config)) for run in runs]
+                settings = _shared(configs) or point
+                tags = {**software_tags(), **tags, **({"aceray.presets": presets_tag(configs[0])} if configs else {})}
                 made = create_run(self.client, self._experiment, key or self.name, settings, tags)
                 found = MlflowTracker(self.client, made)
             self._open[key], self._known[key] = found, found.run_id
@@ -146,10 +157,7 @@ class MlflowStudyTracker(StudyTracker):
     def _end(self, key: str, folder: RunFolder, notes: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Final metrics and files of a run, whose tracker is let go; its folder learns its id."""
         tracker = self._open.pop(key)
-        if notes["status"] == "finished":
-            news = {name: value for name, value in metrics.items() if value is not None}
-            news = {name: value for name, value in news.items() if not name.startswith("train/loss")}
-            tracker.summarise(tracker.last_step, news)
+        tracker.summarise(tracker.last_step, metrics)
         if folder.config.exists():
             folder.write_notes(mlflow_run_id=tracker.run_id)
         values = "".join(f"- {name}: {value}\n" for name, value in notes["point"].items())
@@ -159,17 +167,27 @@ class MlflowStudyTracker(StudyTracker):
         tracker.status_at_end = STATUS[notes["status"]]
         tracker.__exit__(None, None, None)
 
-    def summarise(self, paths: Iterable[Path], note: str, best: Path | None) -> None:
+    def summarise(self, paths: Iterable[Path], note: str, ranked: Sequence[str]) -> None:
         """Store files and a note with the parent; the best trial becomes the version of the study's model called best.
 
         The version is the trial's plain files, its run's artifacts; nothing is pickled.
         """
-        self._parent.keep(paths, note)
-        if best is not None and (run_id := self._known.get(best.name)) is not None:
+        found = [run_id for name in ranked if (run_id := self._known.get(name)) is not None]
+        self._parent.keep(paths, _shortened(self._link_to_comparison(found) + note))
+        if found and found[0] == self._known.get(ranked[0]):
             try:
-                self._register(run_id)
+                self._register(found[0])
             except Exception as error:
                 _log.warning("MLflow: the best trial could not be registered (%s)", first_line(error))
+
+    def _link_to_comparison(self, runs: list[str]) -> str:
+        """A link from the parent's page to the comparison of the trials, which the list of runs folds away."""
+        if len(runs) < 2:
+            return ""
+        best = runs[:MOST_COMPARED]
+        query = urlencode({"runs": json.dumps(best), "experiments": json.dumps([self._experiment])}, quote_via=quote)
+        title = "Compare the trials" if best == runs else f"Compare the best {len(best)} trials"
+        return f"[{title}](#/compare-runs?{query})\n\n"
 
     def _register(self, run_id: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -225,6 +243,23 @@ def _shared(configs: list[Config]) -> dict[str, Any]:
         for key, value in (settings[0] if settings else {}).items()
         if all(each.get(key) == value for each in settings)
     }
+
+
+def _results(notes: Mapping[str, Any], run: RunFolder, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The final metrics of a run; of one that is over before its end, how far it came."""
+    if notes["status"] == "finished":
+        known = {name: value for name, value in metrics.items() if value is not None}
+        return {name: value for name, value in known.items() if not name.startswith("train/loss")}
+    history = run.read_history() if notes["status"] in ("failed", "stopped") else []
+    return {"train/steps": float(history[-1]["step"])} if history else {}
+
+
+def _shortened(note: str) -> str:
+    """The lines of a note that MLflow can hold, and where the rest is."""
+    if len(note) <= LONGEST_NOTE:
+        return note
+    rest = "\nThe rest is in leaderboard.md, among the artifacts.\n"
+    return note[: note.rindex("\n", 0, LONGEST_NOTE - len(rest)) + 1] + rest
 
 
 def _read(path: Path) -> dict[str, Any]:

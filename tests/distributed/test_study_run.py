@@ -46,12 +46,15 @@ class Make:
         self.defaults: dict[str, object] = {}
         self.more: tuple[str, ...] = ()
 
+    @property
+    def base(self) -> list[str]:
+        return [*QUICK, *STEPS, f"data.path={self.particles.path}", *self.more]
+
     def __call__(self, *overrides: str, **keys: object) -> Study:
-        base = [*QUICK, *STEPS, f"data.path={self.particles.path}", *self.more]
         found = {
             "name": "tiny",
             "studies": str(self.folder / "studies"),
-            "base": base,
+            "base": self.base,
             "space": {"pip.weight": [0.0, 2.0]},
             "objective": "pose/rotation_sqfrob_mean",
             **self.defaults,

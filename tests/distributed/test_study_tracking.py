@@ -1,20 +1,29 @@
 """A study in a real sqlite store of MLflow: one parent, a child a trial, grandchildren for the runs of a pair."""
 
+import csv
 import json
+import re
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from aceray.config import Config
 from aceray.data.particles import ParticleSet
 from aceray.distributed import trial
+from aceray.distributed.share import Share, train_share
 from aceray.distributed.study_run import StudyResult, run_study
 from aceray.distributed.trial import TrialEvent
+from aceray.errors import NonFiniteLoss
 from aceray.presets import flat, load_config
 from aceray.study import Study
-from aceray.tracking.study import MlflowStudyTracker
+from aceray.tracking.study import MlflowStudyTracker, _shortened
+from aceray.train.loop import Progress
 from tests.distributed.test_study_run import Make
 
 
@@ -162,8 +171,6 @@ def test_an_outage_in_the_middle_is_made_up_for(
 def test_a_failed_trial_is_failed_in_the_store(
     make: Make, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aceray.errors import NonFiniteLoss
-
     def diverging(*_: object) -> object:
         raise NonFiniteLoss("training step 1: loss_ipi is nan")
         yield
@@ -174,3 +181,120 @@ def test_a_failed_trial_is_failed_in_the_store(
     assert run.info.status == "FAILED"
     assert run.data.tags["aceray.stop_reason"] == "training step 1: loss_ipi is nan"
     assert run.data.params == {"pip.weight": "2.0"}
+
+
+def test_a_trial_interrupted_at_a_report_goes_on_in_its_run(make: Make, client: MlflowClient, tmp_path: Path) -> None:
+    """The run is open and has the points up to the report; what comes after resuming is added, nothing twice."""
+    # the newest checkpoint is older than the report, so that some steps are made again
+    study = make("train.checkpoint_every=8", space={"pip.weight": [2.0]})
+    seen: list[str] = []
+
+    def interrupt(event: TrialEvent) -> None:
+        if event.report is not None and event.report.step == 10:
+            run = runs_of(client, tmp_path.name)["weight_2.0"]
+            assert (run.info.status, steps(client, run, "train/loss_total")) == ("RUNNING", list(range(1, 11)))
+            seen.append(run.info.run_id)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, "none", on_event=interrupt)
+    cut = runs_of(client, tmp_path.name)["weight_2.0"]
+    assert cut.info.status == "KILLED" and cut.data.tags["aceray.status"] == "interrupted"
+    run_study(study, "none", resume=True)
+    runs = runs_of(client, tmp_path.name)
+    assert set(runs) == {"tiny", "weight_2.0"}
+    run = runs["weight_2.0"]
+    assert [run.info.run_id] == seen
+    assert run.info.status == "FINISHED" and run.data.tags["aceray.status"] == "finished"
+    assert run.data.tags["aceray.stop_reason"] == ""
+    assert steps(client, run, "train/loss_total") == list(range(1, 21))
+    # once while training and once, of all particles, at the end
+    assert steps(client, run, "pose/coverage") == [10, 20, 20]
+
+
+def test_a_pair_interrupted_at_a_report_goes_on_in_its_runs(make: Make, client: MlflowClient, tmp_path: Path) -> None:
+    study = make(members="half_sets", space={"pip.weight": [2.0]}, objective="select/half_map_fsc_area")
+
+    def interrupt(event: TrialEvent) -> None:
+        if event.report is not None and event.report.step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, "none", on_event=interrupt)
+    before = {name: run.info.run_id for name, run in runs_of(client, tmp_path.name).items()}
+    assert set(before) == {"tiny", "weight_2.0", "weight_2.0/half_1", "weight_2.0/half_2"}
+    run_study(study, "none", resume=True)
+    runs = runs_of(client, tmp_path.name)
+    assert {name: run.info.run_id for name, run in runs.items()} == before
+    for name in ("weight_2.0/half_1", "weight_2.0/half_2"):
+        assert steps(client, runs[name], "train/loss_total") == list(range(1, 21))
+    # of the pair: one point a report, and the final scores
+    assert steps(client, runs["weight_2.0"], "select/half_map_fsc_area") == [10, 20, 20]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_the_leaderboard_is_what_mlflow_holds(
+    make: Make, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three trials the second fails after its first report; every number of the table is that of its run."""
+
+    def diverging(config: Config, *rest: Any) -> Generator[Progress, None, Share]:
+        for progress in train_share(config, *rest):
+            if progress.step == 15:
+                raise NonFiniteLoss("training step 15: loss_ipi is nan")
+            yield progress
+        raise AssertionError
+
+    def of(config: Config, *rest: Any) -> Generator[Progress, None, Share]:
+        return (diverging if config.pip.weight == 2 else train_share)(config, *rest)
+
+    monkeypatch.setattr("aceray.distributed.run.train_share", of)
+    result = run_study(make(space={"pip.weight": [0.5, 2.0, 8.0]}), "none")
+    rows = list(csv.DictReader(result.paths["leaderboard.csv"].read_text().splitlines()))
+    assert sorted(row["trial"] for row in rows) == ["weight_0.5", "weight_2.0", "weight_8.0"]
+    assert (rows[-1]["trial"], rows[-1]["rank"], rows[-1]["status"]) == ("weight_2.0", "", "failed")
+    runs = runs_of(client, tmp_path.name)
+    for row in rows:
+        run = runs[row["trial"]]
+        assert (row["status"], row["reason"]) == (
+            run.data.tags["aceray.status"],
+            run.data.tags["aceray.stop_reason"],
+        )
+        assert row["pip.weight"] == run.data.params["pip.weight"]
+        shown = {key: float(value) for key, value in row.items() if "/" in key and value}
+        assert "pose/coverage" in shown
+        assert shown == {key: run.data.metrics[key] for key in shown}
+    failed = runs["weight_2.0"]
+    assert failed.info.status == "FAILED"
+    assert steps(client, failed, "pose/coverage") == [10]
+    # the parent has the very file, and a note that leads to the finished trials side by side
+    parent = client.get_run(str(result.mlflow_run_id))
+    stored = client.download_artifacts(parent.info.run_id, "leaderboard.csv", str(tmp_path))
+    assert Path(stored).read_text() == result.paths["leaderboard.csv"].read_text()
+    link = parent.data.tags["mlflow.note.content"].splitlines()[0]
+    compared = [runs[row["trial"]].info.run_id for row in rows if row["status"] == "finished"]
+    ids, experiments = (json.loads(text) for text in re.findall(r"=([^&)]*)", unquote(link)))
+    assert link.startswith("[Compare the trials](#/compare-runs?runs=")
+    assert (ids, experiments) == (compared, [parent.info.experiment_id])
+
+
+def test_runs_name_their_presets_and_parents_hold_the_figures(make: Make, client: MlflowClient, tmp_path: Path) -> None:
+    groups = {"presets": {"with": ["method/ace_em", *make.base], "without": ["method/no_pip", *make.base]}}
+    result = run_study(make(space={"method": groups}), "none")
+    runs = runs_of(client, tmp_path.name)
+    assert runs["with"].data.tags["aceray.presets"] == "method/ace_em"
+    assert runs["without"].data.tags["aceray.presets"] == "method/no_pip"
+    files = {file.path for file in client.list_artifacts(str(result.mlflow_run_id))}
+    assert files == {"study.yaml", "leaderboard.csv", "leaderboard.md", "figures"}
+    figures = {file.path for file in client.list_artifacts(str(result.mlflow_run_id), "figures")}
+    assert figures == {f"figures/{file.name}" for file in result.paths["figures"].iterdir()} != set()
+
+
+def test_a_note_is_cut_at_the_end_of_a_line() -> None:
+    lines = [f"| {number:04d} | {'x' * 100} |\n" for number in range(100)]
+    short = "".join(lines[:60])
+    assert _shortened(short) == short
+    cut = _shortened("".join(lines))
+    assert len(cut) <= 8000 and cut.startswith("".join(lines[:70]))
+    *kept, empty, rest = cut.splitlines(keepends=True)
+    assert kept == lines[: len(kept)] and (empty, rest[:8]) == ("\n", "The rest")
