@@ -208,7 +208,7 @@ def test_training_leaves_the_shared_copy_as_it_is(configure: Callable[..., Confi
         ray.kill(shelf)
 
 
-# ---- trials
+# ---- trials; one that is quick enough to be run always, for no other test without `slow` has Tune run one
 
 
 @pytest.mark.slow
@@ -251,7 +251,6 @@ def test_asha_stops_a_trial_and_says_so(write: Write) -> None:
     assert run_sweep(study) == []
 
 
-@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_goes_on_to_the_same_end(write: Write) -> None:
     study = write(space={"seed": [3]})
     killed: list[int] = []
@@ -297,9 +296,9 @@ def test_an_interrupt_ends_all_trials_and_the_study_goes_on_later(write: Write) 
 
 @pytest.mark.slow
 def test_a_budget_cuts_trials_off_and_they_may_go_on(write: Write) -> None:
-    study = write("train.steps=100000", space={"seed": [1]}, budget={"wall_seconds": 15})
+    study = write("train.steps=100000", space={"seed": [1]}, budget={"wall_seconds": 20})
     last = ended(run_sweep(study))
-    assert {event.status for event in last.values()} <= {"interrupted"}
+    assert [event.status for event in last.values()] == ["interrupted"]
 
 
 @pytest.mark.slow
