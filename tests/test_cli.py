@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,8 +249,10 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     (tmp_path / "leaderboard.md").write_text("| trial | rank |\n")
     seen: list[Any] = []
 
-    def tune(study: Any, *, address: str, resume: bool, on_event: Any, on_simulation: Any) -> Trials:
+    def tune(study: Any, *, address: str, resume: bool, on_event: Any, on_simulation: Any, on_oracle: Any) -> Trials:
         seen.extend([study, address, resume])
+        for done in (1024, 2048):
+            on_simulation(SimpleNamespace(particles_done=done, particles=2048))
         metrics = {"pose/rotation_sqfrob_mean": 0.4321}
         on_event(TrialEvent("t0", 0, {}, "running"))
         on_event(TrialEvent("t0", 0, {}, "running", Report(40, 120, metrics, 1000.0)))
@@ -263,13 +266,14 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     assert done.stdout.startswith("| trial | rank |\n")
     assert "trials       1 finished, 1 failed\n" in done.stdout
     assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
-    lines = done.stderr.splitlines()
+    first, *lines = done.stderr.splitlines()
+    assert first == "simulating: 2,048 of 2,048 particles"
     assert lines[0] == "t0  running" and lines[2] == "t1  failed: a loss is nan"
     assert lines[1].startswith("t0  running  step     40 of 120  pose/rotation_sqfrob_mean 0.4321")
 
 
 def test_a_study_whose_trials_all_failed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "compare", lambda folder: Trials(tmp_path, "failed", "failed"))
+    monkeypatch.setattr(api, "compare", lambda folder, on_oracle: Trials(tmp_path, "failed", "failed"))
     done = call("compare", "studies/smoke")
     assert done.exit_code == 2
     assert done.stderr == "error: smoke: all 2 trials failed; the first: broken\n"
