@@ -118,7 +118,8 @@ class TrialRow:
 
     def take(self, event: Any, metric: str) -> str:
         """Take an event over; returns the line that tells it, empty when it says nothing new."""
-        report, changed = event.report, event.status != self.status
+        report = event.report
+        changed = (event.status, event.reason) not in ((self.status, self.reason), (self.status, ""))
         self.status, self.reason = event.status, event.reason
         if report is None:
             self.since = time.monotonic()

@@ -296,3 +296,10 @@ def test_the_table_of_trials_shows_how_far_each_is() -> None:
     assert (name, status, step, objective) == ("t0", "running", "10/40", "0.5123")
     assert (resolution, error, speed) == ("4.57", "1.234", "1,234")
     assert left in ("1:00", "0:59")
+
+
+def test_a_trial_that_goes_on_after_a_loss_says_so_once() -> None:
+    row, start, lost = TrialRow("t0"), TrialEvent("t0", 0, {}, "running"), "its process was lost"
+    again = TrialEvent("t0", 0, {}, "running", reason=lost)
+    told = [row.take(event, "fsc/auc") for event in (start, start, again, again, start, again)]
+    assert told == ["t0  running", "", f"t0  running: {lost}", "", "", f"t0  running: {lost}"]

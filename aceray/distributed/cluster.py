@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from aceray.errors import ClusterError  # noqa: E402
 SHARE_OF_TASKS = 0.1
 # How long a cluster may take to free or start what a run asks for.
 PATIENCE_SECONDS = 60.0
+# How long a cluster may take to open a connection; Ray alone would try for minutes.
+SECONDS_TO_ANSWER = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,36 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
         _end()  # also when an interrupt came while it started
 
 
+def check_answers(address: str) -> None:
+    """Find out quickly that nothing answers at `host:port`; an address of another kind is left to Ray.
+
+    Raises:
+        ClusterError: nothing answers.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: Exception) -> ClusterError:
+    reason = " ".join(str(error).split())[:200]
+    return ClusterError(
+        f"Ray at {address}: cannot connect ({reason}); check the address, that the cluster runs, and its token "
+        "(RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+    )
+
+
 def _start(options: dict[str, Any]) -> None:
+    check_answers(options["address"])
     try:
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, AuthenticationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ClusterError(
-            f"Ray at {options['address']}: cannot connect ({reason}); check resources.address, that the cluster runs, "
-            "and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
-        ) from error
+    except (ConnectionError, AuthenticationError, ValueError) as error:  # the last of an address that is none
+        raise _no_answer(options["address"], error) from error
     _protect_token()
 
 

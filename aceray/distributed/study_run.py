@@ -31,7 +31,7 @@ from aceray.distributed.trial import (
     run_trial,
     write_notes,
 )
-from aceray.errors import AcerayError, ConfigError, DataError
+from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
 from aceray.folder import write_json
 from aceray.leaderboard import ranking
 from aceray.presets import to_yaml, with_overrides
@@ -261,6 +261,10 @@ def _in_this_process(trial: Trial) -> Trial:
 
 def _check_address(study: Study, address: str) -> None:
     if address != HERE:
+        # Imported here: a study in this process needs no Ray.
+        from aceray.distributed import sweep
+
+        sweep.check_address(address)
         return
     for key, kind, instead in (
         ("search.kind", study.search.kind, "grid or random"),
@@ -281,7 +285,19 @@ def _run_trials(study: Study, folder: Path, trials: list[Trial], address: str, o
     def make(number: int, point: Point) -> Trial:
         return make_trial(study, folder, number, point)
 
-    sweep.sweep(study, waiting, address, on_event, make)
+    try:
+        sweep.sweep(study, waiting, address, on_event, make)
+    except ClusterError:
+        _free_unless_begun(folder)
+        raise
+
+
+def _free_unless_begun(folder: Path) -> None:
+    """A study that no trial found a place for may come again with other settings; its run in MLflow goes on."""
+    if not _trial_folders(folder):
+        (folder / "optuna.jsonl").unlink(missing_ok=True)
+        _study_file(folder).unlink(missing_ok=True)
+        _write_study_notes(folder, datasets={})
 
 
 def _one_after_another(study: Study, waiting: list[Trial], on_event: OnEvent) -> None:

@@ -20,7 +20,7 @@ from ray import tune
 from ray.exceptions import RayError
 
 from aceray.config import Config
-from aceray.distributed.cluster import connect, reserve
+from aceray.distributed.cluster import check_answers, connect, reserve
 from aceray.distributed.shelf import open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, scheduler_of
 from aceray.distributed.supervisor import known_error
@@ -77,7 +77,7 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
         return
     first: Point = applicable(study, {key: dimension.values[0] for key, dimension in study.space.items()})
     config = (waiting[0] if waiting else make_trial(0, first)).configs[0]
-    _check(study, config, address)
+    _check(study, config)
     with _quiet(), connect(None if address == "local" else address, dashboard=config.resources.workers > 0):
         place = find_place(study, config, address)
         shelf, follower = open_shelf(), Follower(waiting, study.scheduler, on_event)
@@ -91,12 +91,21 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
             shutil.rmtree(folder / STORAGE, ignore_errors=True)
 
 
-def _check(study: Study, config: Config, address: str) -> None:
+def check_address(address: str) -> None:
+    """Find out before anything is made that a study cannot run at an address.
+
+    Raises:
+        ClusterError: it is that of a Ray Client server, or nothing answers there.
+    """
     if address.startswith("ray://"):
         raise ClusterError(
             f"{address}: a study cannot be steered through Ray Client; start it on the cluster, with "
             "`ray job submit --address http://HEAD:8265 -- aceray tune STUDY --address auto`"
         )
+    check_answers(address)
+
+
+def _check(study: Study, config: Config) -> None:
     if study.scheduler.kind == "pbt" and config.resources.workers > 0:
         raise ConfigError(
             f"scheduler.kind: pbt exchanges trials that train in their own process; set resources.workers=0, found "

@@ -1,6 +1,8 @@
 """Connecting to Ray, and what is said when it cannot give what is asked."""
 
 import os
+import re
+import socket
 import stat
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import ray
 
 from aceray.config import Resources
 from aceray.distributed import cluster
-from aceray.distributed.cluster import WorkerResources, connect, reserve
+from aceray.distributed.cluster import WorkerResources, check_answers, connect, reserve
 from aceray.errors import ClusterError
 
 
@@ -23,7 +25,7 @@ def test_the_session_that_is_there_is_used_and_left() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_workers_leave_a_share_of_their_cores_to_reading() -> None:
     asked = reserve(Resources(workers=2))
-    assert asked == WorkerResources(2, 0.9, 0)
+    assert asked == WorkerResources(2, 0.9, 0.0)
     assert asked.bundle == {"CPU": 0.9}
     assert ray.available_resources()["CPU"] == 2
 
@@ -60,16 +62,30 @@ def test_the_token_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert stat.S_IMODE(os.stat(token).st_mode) == 0o600
 
 
-def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**options: object) -> None:
-        assert options["address"] == "10.0.0.1:6379"
-        raise ConnectionError("could not find a running Ray\nat 10.0.0.1")
+        raise ConnectionError(f"could not find a running Ray\nat {options['address']}")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with (
-        pytest.raises(ClusterError, match=r"Ray at 10\.0\.0\.1:6379: cannot connect") as error,
-        connect("10.0.0.1:6379"),
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"Ray at {address}: cannot connect") as error, connect(address):
+            pass
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:70000", "no-such-host.invalid:6379", "host:port"]
+)
+def test_an_address_where_nothing_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would try for two minutes."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match=f"Ray at {re.escape(address)}: cannot connect") as error, connect(address):
         pass
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
+def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
+    check_answers(address)

@@ -131,7 +131,7 @@ def test_no_oracle_is_asked_for_without_the_truth_or_the_table(
     study = study_with(tmp_path, table=TABLE | {"metrics": ["pose/coverage"]}, objective="pose/coverage")
     paths = write_study_results(study, blind)
     assert oracle == [] and "oracle.json" not in paths
-    assert pictures(blind) == {"slices", "objective", "table"}
+    assert pictures(blind) == {"slices", "objective", "curves", "table"}
     assert "oracle" not in paths["table"].read_text().lower()
 
 

@@ -249,6 +249,17 @@ def test_two_seeds_are_compared_by_the_poses_of_all_particles(quick: Make, monke
         np.testing.assert_allclose(poses.rotation[:, 2, 2], np.cos(np.radians(table["tilt_deg"])), atol=1e-5)
 
 
+def test_without_truth_every_evaluation_is_reported(quick: Make) -> None:
+    """What ASHA needs to stop a trial on experimental images."""
+    study = quick("train.steps=30", objective="select/residual_loss")
+    [first, _] = list_trials(study, Path(study.studies) / study.name, "none")
+    reports = list(run_trial(first))
+    assert [report.step for report in reports] == [10, 20, 30]
+    names = ("select/residual_loss", "select/residual_whitened", "select/d4_consistency", "pose/coverage")
+    assert all(np.isfinite(report.metrics[name]) for report in reports for name in names)
+    assert not [name for name in reports[0].metrics if name.startswith(("fsc/", "pose/rotation"))]
+
+
 def test_the_runs_of_a_pair_advance_in_turns(quick: Make, scored: list, monkeypatch) -> None:
     order: list[tuple[int | None, int]] = []
 
