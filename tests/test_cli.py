@@ -240,7 +240,8 @@ class Trials:
     """The result of a study, and one event of a trial."""
 
     def __init__(self, folder: Path, *statuses: str) -> None:
-        self.folder, self.paths, self.mlflow_run_id, self.tracking_uri = folder, {}, "abc123", "sqlite:////x/m.db"
+        self.folder, self.mlflow_run_id, self.tracking_uri = folder, "abc123", "sqlite:////x/m.db"
+        self.paths = {path.stem: path for path in folder.glob("*.md")}
         self.trials = {f"t{number}": {"status": each, "reason": "broken"} for number, each in enumerate(statuses)}
         self.study = load_study("smoke")
 
@@ -265,6 +266,7 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     assert seen == [load_study("smoke", "search.trials=2", "train.steps=9"), "none", True]
     assert done.stdout.startswith("| trial | rank |\n")
     assert "trials       1 finished, 1 failed\n" in done.stdout
+    assert f"leaderboard  {tmp_path}/leaderboard.md\n" in done.stdout
     assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
     first, *lines = done.stderr.splitlines()
     assert first == "simulating: 2,048 of 2,048 particles"
