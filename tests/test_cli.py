@@ -1,5 +1,6 @@
 """The command line: what reaches the API, what is printed, and the exit codes."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from aceray import api, cli
 from aceray.config import Config
-from aceray.display import TrialRow
+from aceray.display import Page, TrialRow
 from aceray.distributed.trial import Report, TrialEvent
 from aceray.errors import DataError
 from aceray.presets import load_config, to_yaml
@@ -305,3 +307,13 @@ def test_a_trial_that_goes_on_after_a_loss_says_so_once() -> None:
     again = TrialEvent("t0", 0, {}, "running", reason=lost)
     told = [row.take(event, "fsc/auc") for event in (start, start, again, again, start, again)]
     assert told == ["t0  running", "", f"t0  running: {lost}", "", "", f"t0  running: {lost}"]
+
+
+def test_a_narrow_terminal_shows_whole_names() -> None:
+    names = [f"weight_2.0-encoder_lr_0.000{number}" for number in (1, 2)]
+    rows = "".join(f"| {name} | 2.00 | 1 |\n" for name in names)
+    console = Console(width=40, file=io.StringIO(), color_system=None)
+    with console.capture() as shown:
+        console.print(Page(f"| trial | resolution | rank |\n|---|---|---|\n{rows}"))
+    first = "".join(line.partition(" 2.00")[0].split("  ")[0].strip() for line in shown.get().splitlines())
+    assert all(name in first for name in names)
