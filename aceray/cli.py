@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from aceray import api
-from aceray.display import RunDisplay, StudyDisplay
+from aceray.display import Page, RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ def _print_markdown(path: Path) -> None:
     """Typeset in a terminal, as it is anywhere else."""
     text, console = path.read_text(encoding="utf-8"), Console(highlight=False)
     if console.is_terminal:
-        console.print(Markdown(text))
+        console.print(Page(text))
     else:
         print(text)
 

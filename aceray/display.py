@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
+from rich.markdown import Markdown, TableElement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -106,6 +107,23 @@ class StudyDisplay:
         for row in rows[-max(1, self.console.height - 4) :]:
             table.add_row(*row.cells())
         return Group(self.head, table)
+
+
+class WholeCells(TableElement):
+    """A table of Markdown that breaks a long name rather than cut it: trials often differ in its end alone."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """The table with every column folded."""
+        for part in super().__rich_console__(console, options):
+            for column in part.columns if isinstance(part, Table) else ():
+                column.overflow = "fold"
+            yield part
+
+
+class Page(Markdown):
+    """Markdown with whole cells."""
+
+    elements = Markdown.elements | {"table_open": WholeCells}
 
 
 class TrialRow:

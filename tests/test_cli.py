@@ -1,19 +1,22 @@
 """The command line: what reaches the API, what is printed, and the exit codes."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from aceray import api, cli
 from aceray.config import Config
-from aceray.display import TrialRow
+from aceray.display import Page, TrialRow
 from aceray.distributed.trial import Report, TrialEvent
 from aceray.errors import DataError
 from aceray.presets import load_config, to_yaml
@@ -239,7 +242,8 @@ class Trials:
     """The result of a study, and one event of a trial."""
 
     def __init__(self, folder: Path, *statuses: str) -> None:
-        self.folder, self.paths, self.mlflow_run_id, self.tracking_uri = folder, {}, "abc123", "sqlite:////x/m.db"
+        self.folder, self.mlflow_run_id, self.tracking_uri = folder, "abc123", "sqlite:////x/m.db"
+        self.paths = {path.stem: path for path in folder.glob("*.md")}
         self.trials = {f"t{number}": {"status": each, "reason": "broken"} for number, each in enumerate(statuses)}
         self.study = load_study("smoke")
 
@@ -248,8 +252,10 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     (tmp_path / "leaderboard.md").write_text("| trial | rank |\n")
     seen: list[Any] = []
 
-    def tune(study: Any, *, address: str, resume: bool, on_event: Any, on_simulation: Any) -> Trials:
+    def tune(study: Any, *, address: str, resume: bool, on_event: Any, on_simulation: Any, on_oracle: Any) -> Trials:
         seen.extend([study, address, resume])
+        for done in (1024, 2048):
+            on_simulation(SimpleNamespace(particles_done=done, particles=2048))
         metrics = {"pose/rotation_sqfrob_mean": 0.4321}
         on_event(TrialEvent("t0", 0, {}, "running"))
         on_event(TrialEvent("t0", 0, {}, "running", Report(40, 120, metrics, 1000.0)))
@@ -262,14 +268,16 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     assert seen == [load_study("smoke", "search.trials=2", "train.steps=9"), "none", True]
     assert done.stdout.startswith("| trial | rank |\n")
     assert "trials       1 finished, 1 failed\n" in done.stdout
+    assert f"leaderboard  {tmp_path}/leaderboard.md\n" in done.stdout
     assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
-    lines = done.stderr.splitlines()
+    first, *lines = done.stderr.splitlines()
+    assert first == "simulating: 2,048 of 2,048 particles"
     assert lines[0] == "t0  running" and lines[2] == "t1  failed: a loss is nan"
     assert lines[1].startswith("t0  running  step     40 of 120  pose/rotation_sqfrob_mean 0.4321")
 
 
 def test_a_study_whose_trials_all_failed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "compare", lambda folder: Trials(tmp_path, "failed", "failed"))
+    monkeypatch.setattr(api, "compare", lambda folder, on_oracle: Trials(tmp_path, "failed", "failed"))
     done = call("compare", "studies/smoke")
     assert done.exit_code == 2
     assert done.stderr == "error: smoke: all 2 trials failed; the first: broken\n"
@@ -299,3 +307,13 @@ def test_a_trial_that_goes_on_after_a_loss_says_so_once() -> None:
     again = TrialEvent("t0", 0, {}, "running", reason=lost)
     told = [row.take(event, "fsc/auc") for event in (start, start, again, again, start, again)]
     assert told == ["t0  running", "", f"t0  running: {lost}", "", "", f"t0  running: {lost}"]
+
+
+def test_a_narrow_terminal_shows_whole_names() -> None:
+    names = [f"weight_2.0-encoder_lr_0.000{number}" for number in (1, 2)]
+    rows = "".join(f"| {name} | 2.00 | 1 |\n" for name in names)
+    console = Console(width=40, file=io.StringIO(), color_system=None)
+    with console.capture() as shown:
+        console.print(Page(f"| trial | resolution | rank |\n|---|---|---|\n{rows}"))
+    first = "".join(line.partition(" 2.00")[0].split("  ")[0].strip() for line in shown.get().splitlines())
+    assert all(name in first for name in names)

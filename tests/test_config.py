@@ -10,10 +10,14 @@ from pydantic import ValidationError
 
 from aceray.config import Config, SirenDecoder
 from aceray.data.atoms import density, read_atoms
-from aceray.presets import flat, load_config, preset_names, settings
+from aceray.presets import STUDIES, flat, load_config, preset_names, settings
 
 CONF = Path(__file__).parent.parent / "conf"
-PRESETS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
+PRESETS = sorted(
+    name
+    for file in CONF.rglob("*.yaml")
+    if not (name := file.relative_to(CONF).with_suffix("").as_posix()).startswith(STUDIES)
+)
 
 
 def dotted(written: dict, prefix: str = "") -> set[str]:

@@ -5,9 +5,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aceray.criteria import CRITERIA
 from aceray.errors import ConfigError
 from aceray.presets import study_names
-from aceray.study import MUTABLE, applicable, config_of, grid, load_study, trial_name
+from aceray.study import (
+    MUTABLE,
+    Budget,
+    Dimension,
+    Scheduler,
+    Search,
+    Study,
+    Table,
+    applicable,
+    config_of,
+    grid,
+    load_study,
+    trial_name,
+)
 
 TINY = {"base": ["data/spliceosome_32_clean", "train.steps=10"], "space": {"pip.weight": [0.0, 2.0]}}
 
@@ -148,3 +162,23 @@ def test_a_varied_key_cannot_be_overridden_in_the_base(folder: Path) -> None:
 
 def test_an_unknown_study_is_told_with_its_nearest_name() -> None:
     assert "did you mean study/smoke?" in line_of("smok")
+
+
+def test_the_example_of_the_readme_is_a_study(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "conf" / "study" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "heads.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    study = load_study(str(tmp_path / "heads.yaml"))
+    assert (study.name, study.search.trials) == ("heads", 24)
+    point = applicable(study, {"method": "no PIP", "pip.weight": 0.5, "seed": 2})
+    assert point == {"method": "no PIP", "seed": 2}
+    assert config_of(study, point).pip.weight == 0
+
+
+def test_the_readme_names_every_key_and_every_shipped_study() -> None:
+    folder = Path(__file__).parent.parent / "conf" / "study"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    parts = {"search": Search, "scheduler": Scheduler, "budget": Budget, "table": Table, "space": Dimension}
+    keys = [*Study.model_fields, *(name for part in parts.values() for name in part.model_fields)]
+    assert [key for key in keys if key not in readme] == []
+    assert [name for name in CRITERIA if name not in readme and not name.endswith("_median")] == []
+    assert [file.stem for file in folder.glob("*.yaml") if f"`{file.stem}`" not in readme] == []
