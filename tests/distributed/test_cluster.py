@@ -25,7 +25,7 @@ def test_the_session_that_is_there_is_used_and_left() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_workers_leave_a_share_of_their_cores_to_reading() -> None:
     asked = reserve(Resources(workers=2))
-    assert asked == WorkerResources(2, 0.9, 0)
+    assert asked == WorkerResources(2, 0.9, 0.0)
     assert asked.bundle == {"CPU": 0.9}
     assert ray.available_resources()["CPU"] == 2
 
