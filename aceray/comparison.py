@@ -127,7 +127,7 @@ def table_markdown(study: Study, comparison: Comparison, entries: Sequence[Entry
     averaged = f" over {', '.join(comparison.averaged)}" if comparison.averaged else ""
     text += f"Mean (range, number n of finished trials){averaged}.\n"
     if table.paper:
-        text += f"Paper: {table.paper_caption or 'as printed'}.\n"
+        text += f"Paper: {(table.paper_caption or 'as printed').rstrip('.')}.\n"
     if comparison.oracle:
         text += "Oracle: poses searched with the true volume, map of the true poses; no method can do better.\n"
     if not table.columns:
