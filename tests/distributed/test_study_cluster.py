@@ -160,6 +160,7 @@ def test_a_study_that_is_ended_from_outside_goes_on(write: Write, tmp_path: Path
     ("arguments", "line"),
     [
         (["--address", "127.0.0.1:1"], "error: Ray at 127.0.0.1:1: cannot connect"),
+        (["--address", "host:port"], "error: Ray at host:port: cannot connect"),
         (["--address", "ray://127.0.0.1:1"], "error: ray://127.0.0.1:1: a study cannot be steered through Ray Client"),
         (["resources.cpus_per_worker=64"], "error: resources: asked for 1 workers with 64 CPUs each; the cluster has"),
     ],
