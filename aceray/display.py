@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
@@ -13,8 +13,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+Shown = TypeVar("Shown", bound="_Display")
 
-class RunDisplay:
+
+class _Display:
+    """What lives on a terminal's screen while the context is open."""
+
+    console: Console
+    live: Live
+
+    def __enter__(self: Shown) -> Shown:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+
+class RunDisplay(_Display):
     """In a terminal a progress bar and the latest numbers; everywhere a line for every evaluation."""
 
     def __init__(self, title: str, unit: str, total: int | None = None) -> None:
@@ -24,14 +41,6 @@ class RunDisplay:
         self.task = self.bar.add_task(title, total=total)
         self.numbers = Text("starting", no_wrap=True, overflow="ellipsis")
         self.live = Live(Group(self.bar, self.numbers), console=self.console, transient=True)
-
-    def __enter__(self) -> "RunDisplay":
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
 
     def simulated(self, progress: Any) -> None:
         """Show a finished shard."""
@@ -57,21 +66,13 @@ class RunDisplay:
         self.bar.update(self.task, completed=progress.step, total=progress.steps)
 
 
-class StudyDisplay:
+class StudyDisplay(_Display):
     """In a terminal a table of the trials; elsewhere a line for every evaluation and change of status."""
 
     def __init__(self, metric: str = "") -> None:
         self.console = Console(stderr=True, highlight=False)
         self.metric, self.rows, self.head = metric, {}, Text("reading the data")
         self.live = Live(self._table(), console=self.console, transient=True)
-
-    def __enter__(self) -> "StudyDisplay":
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
 
     def simulated(self, progress: Any) -> None:
         """Show how far a data set is; elsewhere a line when it is there."""

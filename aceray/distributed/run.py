@@ -175,7 +175,7 @@ def _evaluate(
     _check_data(folder, particles)
     groups, box = particles.row_groups(), config.data.box or particles.manifest.box
     with ended_by_sigterm(), threads(config):
-        stack, device = read_here(particles, groups, box), _device(config)
+        stack, device = read_here(particles, groups, box), device_of(config)
         beside = score_oracle(particles, stack, device)
         with start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             tracker.status_at_end = tracker.status_before
@@ -207,7 +207,7 @@ def _train(
     box = config.data.box or particles.manifest.box
     if config.resources.workers == 0:
         stack = read_here(particles, groups[0], box) if stack is None else stack
-        return [(yield from train_share(config, folder, particles, stack, Place(device=_device(config))))]
+        return [(yield from train_share(config, folder, particles, stack, Place(device=device_of(config))))]
     # Imported here: a run in this process needs no Ray.
     from aceray.distributed.supervisor import train_on_ray
 
@@ -230,7 +230,8 @@ def _tags(config: Config, dataset_sha256: str) -> dict[str, str]:
     return {"aceray.presets": presets_tag(config), "aceray.dataset_sha256": dataset_sha256, **software_tags()}
 
 
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """Where a run in this process computes; ClusterError when it asks for a GPU that is not there."""
     there = torch.cuda.is_available()
     if config.resources.gpu and not there:
         raise ClusterError(

@@ -19,6 +19,7 @@ from aceray.data.particles import open_particles
 from aceray.data.storage import written_atomically
 from aceray.distributed.ingest import read_here
 from aceray.distributed.results import oracle_metrics
+from aceray.distributed.run import device_of
 from aceray.em.fourier import crop_volume
 from aceray.errors import DataError
 from aceray.folder import RunFolder, write_json
@@ -214,8 +215,7 @@ def find_oracles(
             if on_oracle is not None:
                 on_oracle(path, progress)
 
-        device = "cuda" if torch.cuda.is_available() and config.resources.gpu is not False else "cpu"
-        known[setup.dataset] = oracle_metrics(particles, stack, device, told)
+        known[setup.dataset] = oracle_metrics(particles, stack, device_of(config), told)
         write_json(cache, known)
     return {key: {name: value for name, value in found.items() if _is_finite(value)} for key, found in known.items()}
 
