@@ -14,29 +14,18 @@ from torch import Tensor
 
 from aceray.data.particles import Truth
 from aceray.em.backprojection import BackProjection
-from aceray.em.formation import shift_phase
 from aceray.em.fourier import HalfDisc, crop_volume
 from aceray.em.projection import soft_sphere
-from aceray.em.random import named_generator
-from aceray.em.rotation import random_rotations
-from aceray.metrics.coverage import rotation_grid
 from aceray.train.evaluate import evaluate, rows_of_truth
 from aceray.train.predict import Particles, Poses
-from aceray.train.search import (
-    Images,
-    Matches,
-    Reference,
-    find_poses,
-    make_bank,
-    make_reference,
-    refine_poses,
-    shift_grid,
-)
+from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
+from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 
 # poses of so many particles, evenly spread over the set, are searched; the map is made of all
 SEARCHED_PARTICLES = 2048
 _SEARCH_RADIUS = 10.0  # cycles per box
 _SEARCH_NSIDE, _SEARCH_TURNS = 4, 32
+_ORACLES_TURN = 2**31 - 1  # no run's seed and round
 # at the search's radius the phase is off by at most a radian between shifts
 _SHIFT_STEP = 0.325
 _SHIFT_RANGE_SIGMA = 3.0
@@ -163,8 +152,7 @@ def _images(state: TrueState, index: Tensor) -> Images:
 
 def _search(state: TrueState, index: Tensor) -> Iterator[Matches]:
     """Poses by search on a freshly turned grid of rotations and a grid of shifts, then refinement."""
-    turn = random_rotations(1, named_generator("evaluate/oracle"))[0]
-    rotation = (rotation_grid(_SEARCH_NSIDE, _SEARCH_TURNS) @ turn).to(state.rotation)
+    rotation = turned_grid(_SEARCH_NSIDE, _SEARCH_TURNS, _ORACLES_TURN).to(state.rotation)
     bank = make_bank(state.reference.within(_SEARCH_RADIUS), rotation)
     reach = _SHIFT_RANGE_SIGMA * float(state.shift_px.square().mean().sqrt())
     offsets = shift_grid(reach, _SHIFT_STEP * state.disc.box / _SEARCH_RADIUS).to(rotation)
@@ -198,8 +186,7 @@ def _map_of_true_poses(state: TrueState) -> Float[Tensor, "d d d"]:
     """
     projection = BackProjection(state.disc)
     for index, images in _chunks(state):
-        centred = images.coefficients * shift_phase(state.disc, -state.shift_px[index])
-        projection.insert(centred, state.rotation[index], images.transfer)
+        projection.insert(images.coefficients, state.rotation[index], images.transfer, state.shift_px[index])
     ratio = max(state.noise_variance / max(state.signal_variance, 1e-30), _SMALLEST_INVERSE_SSNR)
     device = state.disc.radius.device
     return projection.volume(torch.tensor([ratio], device=device)) * soft_sphere(

@@ -12,16 +12,8 @@ from aceray.em.projection import central_slice, padded_transform
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob
 from aceray.metrics.coverage import rotation_grid
-from aceray.train.search import (
-    Images,
-    Matches,
-    find_poses,
-    make_bank,
-    make_reference,
-    refine_poses,
-    search_poses,
-    shift_grid,
-)
+from aceray.train.energy import Images, Matches, make_reference, refine_poses
+from aceray.train.search import find_poses, make_bank, search_poses, shift_grid
 from tests.references.search import energy
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, ctf_parameters
 

@@ -1,0 +1,255 @@
+"""How well a pose explains an image, and the pose nearby that explains it best.
+
+E = sum over the half disc of w |C exp(-2 pi i k.t) S(R) - F|^2 + penalty |t|^2, with F the image, C its contrast
+transfer, S the volume's slice and w a weight for each frequency. With white noise of variance v, the disc's own weights
+and shifts of standard deviation s, E / v is minus twice the logarithm of the posterior for penalty = v / s^2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from aceray.em.fourier import HalfDisc
+from aceray.em.kernels import PARAMETERS, normal_equations, sample_slices
+from aceray.em.projection import padded_transform, sample_transform
+from aceray.em.rotation import rotation_from_vector
+
+_DIFFERENCE_RADIANS = 2e-3
+_LONGEST_TURN_RADIANS = 0.3
+_DAMPING, _SMALLEST_DAMPING = 1e-2, 1e-6
+_POSES_A_THREAD = 64
+
+
+@dataclass(frozen=True)
+class Images:
+    """Half-disc coefficients of images and their contrast transfer, None for images without."""
+
+    coefficients: Complex[Tensor, "b p"]
+    transfer: Float[Tensor, "b p"] | None
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+    def take(self, index: Tensor | slice) -> "Images":
+        """A selection of the images."""
+        return Images(self.coefficients[index], None if self.transfer is None else self.transfer[index])
+
+    def at(self, frequencies: Tensor) -> "Images":
+        """The same images at some of their frequencies."""
+        transfer = None if self.transfer is None else self.transfer[:, frequencies]
+        return Images(self.coefficients[:, frequencies], transfer)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A volume's padded transform and the frequencies (x, y), in cycles per box, at which images are compared with it.
+
+    `index` says which of the half disc's frequencies they are. Shifts are not refined where shift_penalty is None.
+    """
+
+    transform: Complex[Tensor, "m m h"]
+    box: int
+    frequency: Float[Tensor, "p 2"]
+    weight: Float[Tensor, " p"]
+    index: Tensor
+    shift_penalty: float | None
+
+    def within(self, radius: float) -> "Reference":
+        """The same volume, compared at low frequencies only."""
+        inside = (self.frequency.square().sum(-1) <= radius * radius).nonzero()[:, 0]
+        return dataclasses.replace(
+            self, frequency=self.frequency[inside], weight=self.weight[inside], index=self.index[inside]
+        )
+
+    def slices(self, rotation: Float[Tensor, "*b 3 3"]) -> Complex[Tensor, "*b p"]:
+        """Projections at the rotations, in the orthonormal convention of the images."""
+        if self.transform.is_cuda:
+            points = self.frequency @ rotation[..., :2, :]
+            return sample_transform(torch.view_as_real(self.transform).movedim(-1, 0).contiguous(), points, self.box)
+        flat = rotation.reshape(-1, 3, 3).contiguous()
+        slices = torch.empty(len(flat), len(self.frequency), dtype=torch.complex64)
+        volume, frequency = self.transform.numpy(), self.frequency.numpy()
+        _shared_out(
+            len(flat),
+            lambda part: sample_slices(volume, self.box, frequency, flat[part].numpy(), slices[part].numpy()),
+        )
+        return slices.reshape(*rotation.shape[:-2], -1)
+
+    def phases(self, shift_px: Float[Tensor, "*b 2"]) -> Complex[Tensor, "*b p"]:
+        """Factors that move an image's content by a shift in pixels of the images' box."""
+        angle = (-2 * math.pi / self.box) * (shift_px @ self.frequency.T)
+        return torch.complex(angle.cos(), angle.sin())
+
+    def prior(self, shift_px: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b"]:
+        """What a shift adds to the energy."""
+        return (self.shift_penalty or 0.0) * shift_px.square().sum(-1)
+
+
+def make_reference(
+    volume: Float[Tensor, "d d d"],
+    disc: HalfDisc,
+    shift_penalty: float | None,
+    weight: Float[Tensor, " p"] | None = None,
+    pad: int = 2,
+) -> Reference:
+    """Reference of a volume at all frequencies of the half disc, weighted by the disc unless otherwise."""
+    index = torch.arange(len(disc), device=disc.radius.device)
+    transform = torch.complex(*padded_transform(volume, pad))
+    weight = disc.weight if weight is None else weight
+    return Reference(transform, disc.box, disc.frequency, weight, index, shift_penalty)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Poses of images and their energies; k candidates an image where there is a second dimension."""
+
+    rotation: Float[Tensor, "b *k 3 3"]
+    shift_px: Float[Tensor, "b *k 2"]
+    energy: Float[Tensor, "b *k"]
+
+    @staticmethod
+    def concatenate(parts: "Sequence[Matches]") -> "Matches":
+        """The matches of several groups of images in one."""
+        return Matches(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def take(self, index: Tensor | slice) -> "Matches":
+        """A selection of the images."""
+        return Matches(self.rotation[index], self.shift_px[index], self.energy[index])
+
+    def best(self) -> "Matches":
+        """The candidate of least energy for each image, of several."""
+        row = torch.arange(len(self.energy), device=self.energy.device), self.energy.argmin(dim=1)
+        return Matches(self.rotation[row], self.shift_px[row], self.energy[row])
+
+    def or_better(self, other: "Matches") -> "Matches":
+        """For each image the pose of less energy, these or the others."""
+        better = other.energy < self.energy
+        return Matches(
+            torch.where(better[:, None, None], other.rotation, self.rotation),
+            torch.where(better[:, None], other.shift_px, self.shift_px),
+            torch.minimum(other.energy, self.energy),
+        )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The energy about n poses: its value, its descent direction and its curvature over turn and shift."""
+
+    energy: Float[Tensor, " n"]
+    gradient: Float[Tensor, "n 5"]
+    normal: Float[Tensor, "n 5 5"]
+
+
+def refine_poses(
+    reference: Reference, images: Images, start: Matches, steps: int, image_of: Int[Tensor, " n"] | None = None
+) -> Matches:
+    """Improve n poses by damped Gauss-Newton steps; what does not lower the energy is not taken.
+
+    A step turns by a rotation vector in the image's frame and moves by a shift. image_of says whose image each pose is
+    of, where there is not one pose an image. The images have the reference's frequencies; start.energy is not read.
+    """
+    rotation, shift = start.rotation, start.shift_px
+    if image_of is None:
+        image_of = torch.arange(len(rotation), device=rotation.device)
+    at = _model(reference, images, rotation, shift, image_of)
+    damping = torch.full_like(at.energy, _DAMPING)
+    for _ in range(steps):
+        step = _gauss_newton_step(at, damping)
+        tried_rotation, tried_shift = rotation_from_vector(step[:, :3]) @ rotation, shift + step[:, 3:]
+        tried = _model(reference, images, tried_rotation, tried_shift, image_of)
+        better = tried.energy < at.energy
+        rotation = torch.where(better[:, None, None], tried_rotation, rotation)
+        shift = torch.where(better[:, None], tried_shift, shift)
+        at = _Model(
+            torch.where(better, tried.energy, at.energy),
+            torch.where(better[:, None], tried.gradient, at.gradient),
+            torch.where(better[:, None, None], tried.normal, at.normal),
+        )
+        damping = torch.where(better, damping / 4, damping * 8).clamp_min(_SMALLEST_DAMPING)
+    return Matches(rotation, shift, at.energy)
+
+
+def _gauss_newton_step(at: _Model, damping: Float[Tensor, " n"]) -> Float[Tensor, "n 5"]:
+    """Rotation vector and shift that minimise the energy of the model that is linear about a pose."""
+    normal = at.normal.clone()
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    # the second term keeps a system solvable whose volume is empty
+    diagonal += damping[:, None] * diagonal + 1e-12 * diagonal.amax(-1, keepdim=True) + 1e-20
+    step = torch.linalg.solve(normal, at.gradient)
+    turn = step[:, :3] * (_LONGEST_TURN_RADIANS / step[:, :3].norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
+    return torch.cat([turn, step[:, 3:]], dim=1)
+
+
+def _model(reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, image_of: Tensor) -> _Model:
+    """The model at n poses, with the shifts' prior; shifts stay where they are if they are not refined."""
+    expand = _model_on_cpu if rotation.device.type == "cpu" else _model_by_differences
+    at = expand(reference, images, rotation, shift_px, image_of)
+    penalty = reference.shift_penalty
+    if penalty is None:
+        at.gradient[:, 3:] = 0
+        at.normal[:, 3:, :3], at.normal[:, :3, 3:] = 0, 0
+        at.normal[:, 3:, 3:] = torch.eye(2).to(at.normal)
+        return at
+    at.gradient[:, 3:] -= penalty * shift_px
+    at.normal.diagonal(dim1=-2, dim2=-1)[:, 3:] += penalty
+    return _Model(at.energy + reference.prior(shift_px), at.gradient, at.normal)
+
+
+def _model_on_cpu(reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, image_of: Tensor) -> _Model:
+    count = len(rotation)
+    found = _Model(torch.empty(count), torch.empty(count, PARAMETERS), torch.empty(count, PARAMETERS, PARAMETERS))
+    transfer = torch.empty(0, images.coefficients.shape[1]) if images.transfer is None else images.transfer
+    fixed = [reference.transform, reference.frequency, reference.weight, images.coefficients, transfer]
+    volume, frequency, weight, coefficients, contrast = (tensor.contiguous().numpy() for tensor in fixed)
+    varying = [image_of, rotation.contiguous(), shift_px.contiguous(), *vars(found).values()]
+    _shared_out(
+        count,
+        lambda part: normal_equations(
+            volume,
+            reference.box,
+            frequency,
+            weight,
+            coefficients,
+            contrast,
+            *(tensor[part].numpy() for tensor in varying),
+        ),
+    )
+    return found
+
+
+def _model_by_differences(
+    reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, image_of: Tensor
+) -> _Model:
+    """The same on any device; slopes over the rotation are finite differences of slices."""
+    turns = rotation_from_vector(_DIFFERENCE_RADIANS * torch.eye(3).to(rotation))
+    moved = reference.phases(shift_px)
+    if images.transfer is not None:
+        moved = moved * images.transfer[image_of]
+    rendered = reference.slices(rotation) * moved
+    turned = reference.slices(turns @ rotation[:, None]) * moved[:, None]
+    ramp = (-2j * math.pi / reference.box) * reference.frequency.T
+    slopes = torch.cat([(turned - rendered[:, None]) / _DIFFERENCE_RADIANS, ramp * rendered[:, None]], dim=1)
+    root = reference.weight.sqrt()
+    jacobian = torch.view_as_real(slopes * root).flatten(2)
+    residual = torch.view_as_real((images.coefficients[image_of] - rendered) * root).flatten(1)
+    return _Model(
+        residual.square().sum(-1), (jacobian @ residual[..., None])[..., 0], jacobian @ jacobian.transpose(-1, -2)
+    )
+
+
+def _shared_out(count: int, work: Callable[[slice], None]) -> None:
+    """Do the work on slices of `count` poses, in as many threads as torch has."""
+    threads = min(torch.get_num_threads(), -(-count // _POSES_A_THREAD))
+    if threads <= 1:
+        work(slice(0, count))
+        return
+    each = -(-count // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, slice(start, start + each)) for start in range(0, count, each)]:
+            done.result()
