@@ -43,6 +43,7 @@ from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Score, Trainer
 from aceray.train.objective import Objective, ShiftMoments
 from aceray.train.predict import Particles, particles_from_stack
+from aceray.train.refine import Refiner, Round
 from aceray.train.schedule import (
     LabelFilters,
     LearningRate,
@@ -77,6 +78,35 @@ def lane_count(config: Config) -> int:
     return lanes
 
 
+def training_box(config: Config, stored_box: int) -> int:
+    """Box that a run trains at, pixels."""
+    return min(config.data.box or stored_box, stored_box)
+
+
+def last_step(config: Config) -> int:
+    """Number of the last step of a run: those of the training, then one for each round of refinement."""
+    refine = config.refine
+    return config.train.steps + (refine.search_rounds + refine.polish_rounds if refine else 0)
+
+
+def refinement_rounds(config: Config, stored_box: int) -> list[Round]:
+    """The rounds of a run's refinement, none without one."""
+    if config.refine is None:
+        return []
+    plan, box = config.refine, training_box(config, stored_box)
+    largest = max(box, min(plan.box or stored_box, stored_box))
+    # where doubling would not get there, larger factors
+    growth = max(2.0, (largest / box) ** (1 / max(1, plan.polish_rounds)))
+    ladder = [min(largest, 2 * round(box * growth ** (number + 1) / 2)) for number in range(plan.polish_rounds)]
+    search = [Round(box, min(plan.search_radius, box / 2), plan.steps)] * plan.search_rounds
+    return search + [Round(each, None, plan.steps) for each in ladder]
+
+
+def final_box(config: Config, stored_box: int) -> int:
+    """Box of a run's volume, pixels."""
+    return max([training_box(config, stored_box), *(each.box for each in refinement_rounds(config, stored_box))])
+
+
 def row_groups_of_lanes(particles: ParticleSet, mine: Collection[int], lanes: int) -> list[RowGroup]:
     """The row groups of some lanes: group g of the dataset belongs to lane g modulo the number of lanes.
 
@@ -107,7 +137,7 @@ def build_trainer(
 
     `wrap` puts the objective into DistributedDataParallel where there are several workers.
     """
-    box = config.data.box or particles.manifest.box
+    box = training_box(config, particles.manifest.box)
     disc = HalfDisc(box).to(device)
     pixel_size_angstrom = particles.manifest.pixel_size_angstrom * particles.manifest.box / box
     images = particles_from_stack(stack, disc, pixel_size_angstrom)
@@ -145,6 +175,22 @@ def build_trainer(
     batch = config.train.batch // lane_count(config)
     sampler = Sampler(images, lanes, disc, config.seed, batch, round(batch * config.pip.batch_factor))
     return Trainer(objective, _build_optimiser(config, model), sampler, plan, score=score, wrap=wrap)
+
+
+def build_refiner(config: Config, particles: ParticleSet, stack: ParticleStack, device: str | torch.device) -> Refiner:
+    """The refinement of one worker, whose particles are `stack`, at the box of the run's volume."""
+    assert config.refine is not None
+    stored, disc = particles.manifest.box, HalfDisc(stack.images.shape[-1]).to(device)
+    spread = config.data.shift_sigma_fraction * stored
+    return Refiner(
+        particles_from_stack(stack, disc, particles.manifest.pixel_size_angstrom * stored / disc.box),
+        disc,
+        refinement_rounds(config, stored),
+        stored_box=stored,
+        shift_spread_px=spread if spread > 0 else None,
+        settled=config.refine.settled_fraction,
+        seed=config.seed,
+    )
 
 
 def _lanes(config: Config, particles: ParticleSet, stack: ParticleStack, mine: Iterable[int]) -> list[Lane]:

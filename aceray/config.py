@@ -71,7 +71,9 @@ class Data(Model):
     """The particles that are trained on."""
 
     path: str = Field("data/particles", min_length=1, description="folder of the dataset")
-    box: BoxSize | None = Field(None, description="train on Fourier crops of this size, pixels; null: the stored size")
+    box: BoxSize | None = Field(
+        32, description="train on Fourier crops of at most this size, pixels; null: the stored size"
+    )
     half_set: Literal[1, 2] | None = Field(
         None, description="train on this half of the particles alone, for half maps; null: on all"
     )
@@ -302,6 +304,25 @@ class Train(Model):
     threads: int | None = Field(None, ge=1, description="threads of torch in a worker; null: its share of the cores")
 
 
+class Refine(Model):
+    """Rounds of every particle's own pose against the map of all, after the training."""
+
+    search_rounds: int = Field(
+        4, ge=0, le=100, description="first rounds, at the box of the training, in which all poses are searched"
+    )
+    settled_fraction: Fraction = Field(
+        0.002, description="a round searches only if more than this share of the poses moved in the one before"
+    )
+    polish_rounds: int = Field(
+        3, ge=0, le=100, description="last rounds, each at twice the box of the one before up to the largest"
+    )
+    box: BoxSize | None = Field(None, description="largest box, pixels; null: the stored size")
+    search_radius: float = Field(
+        8.0, gt=2, le=64, description="resolution of the search, cycles per box; cost grows with its square"
+    )
+    steps: int = Field(3, ge=1, le=50, description="Gauss-Newton steps from a particle's present pose in a round")
+
+
 class Resources(Model):
     """Where the run happens."""
 
@@ -340,6 +361,9 @@ class Config(Model):
     pip: Pip = Field(default_factory=Pip, description="pose-image-pose task")
     optim: Optim = Field(default_factory=Optim, description="optimiser")
     train: Train = Field(default_factory=Train, description="length and rhythm")
+    refine: Refine | None = Field(
+        default_factory=Refine, description="refinement of the encoder's poses, and the map by statistics; null: none"
+    )
     resources: Resources = Field(default_factory=Resources, description="workers and devices")
     tracking: Tracking = Field(default_factory=Tracking, description="MLflow")
 

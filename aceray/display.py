@@ -173,5 +173,6 @@ def _short(metrics: Mapping[str, float]) -> str:
         ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
         ("pose/rotation_sqfrob_median", "rotation error median {:.3f}"),
         ("pose/coverage", "coverage {:.2f}"),
+        ("refine/moved", "{:.1%} of the poses moved"),
     ]
     return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)

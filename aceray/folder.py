@@ -78,6 +78,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.history = path / "history.jsonl"
         self.volume = path / "volume.mrc"
+        self.half_maps = (path / "half_1.mrc", path / "half_2.mrc")  # of refined poses
         self.poses = path / "poses.parquet"
         self.poses_star = path / "poses.star"
         self.fsc = path / "fsc.csv"
@@ -92,7 +93,9 @@ class RunFolder:
     def paths(self) -> dict[str, Path]:
         """The files of the run that exist, by name."""
         names = ("config", "metrics", "history", "volume", "poses", "poses_star", "fsc", "half_map_fsc", "figures")
-        return {name: path for name in (*names, "checkpoints") if (path := getattr(self, name)).exists()}
+        found = {name: getattr(self, name) for name in (*names, "checkpoints")}
+        found |= {path.stem: path for path in self.half_maps}
+        return {name: path for name, path in found.items() if path.exists()}
 
     def checkpoint_file(self, step: int) -> Path:
         """File of the checkpoint after `step` steps."""

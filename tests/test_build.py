@@ -21,7 +21,7 @@ from aceray.train.objective import Objective
 from aceray.train.schedule import LabelFilters, Ramp, ShiftWeight, TaskWeights
 from tests.distributed.particles import BOX, write_particles
 
-SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03")
+SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03", "refine=null")
 
 
 @pytest.fixture(scope="module")

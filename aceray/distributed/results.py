@@ -20,9 +20,9 @@ from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import relion_from_rotation
 from aceray.errors import DataError
 from aceray.folder import RunFolder, RunResult, write_json
-from aceray.metrics.fsc import FscCurve
+from aceray.metrics.fsc import FscCurve, fourier_shell_correlation, resolution_px
 from aceray.tracking.run import Tracker
-from aceray.train.evaluate import HalfMaps, MaskKind, compare_half_maps, evaluate
+from aceray.train.evaluate import HALF_MAP_THRESHOLD, HalfMaps, MaskKind, compare_half_maps, evaluate
 from aceray.train.figures import draw_figures, fsc_figure
 from aceray.train.oracle import OracleProgress, run_oracle
 from aceray.train.predict import Poses, particles_from_stack
@@ -55,6 +55,7 @@ def write_results(
         volume, poses, particles.read_truth(), particles.read_truth_volume(), manifest.pixel_size_angstrom
     )
     write_volume(folder.volume, volume, pixel_size_angstrom)
+    of_halves = _write_halves(folder, shares[0], pixel_size_angstrom)
     write_poses(folder, poses, manifest.pixel_size_angstrom)
     write_poses_star(folder.poses_star, poses.rotation, poses.shift_px, particles)
     if evaluation.volume is not None:
@@ -68,7 +69,7 @@ def write_results(
     for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
         with written_atomically(folder.figures / f"{name}.png") as file:
             figure.savefig(file, format="png")
-    metrics = {**_of_training(folder, rows), **evaluation.metrics, **_mean_metrics(shares), **(beside or {})}
+    metrics = {**_of_training(folder, rows), **evaluation.metrics, **_mean_metrics(shares), **of_halves, **(beside or {})}
     write_json(folder.metrics, metrics)
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)
@@ -78,6 +79,25 @@ def write_results(
         _note(config, particles, len(poses.particle_id), metrics),
     )
     return RunResult(metrics, folder.path, paths, tracker.run_id)
+
+
+def _write_halves(folder: RunFolder, share: Share, pixel_size_angstrom: float) -> dict[str, float]:
+    """The maps of the two halves, where poses were refined, and the resolution to which they agree.
+
+    All poses were refined against the map of both: the curve is optimistic, unlike that of two half sets' own runs.
+    """
+    for file in folder.half_maps:
+        file.unlink(missing_ok=True)
+    if share.halves is None:
+        return {}
+    for file, half in zip(folder.half_maps, share.halves, strict=True):
+        write_volume(file, half, pixel_size_angstrom)
+    curve = fourier_shell_correlation(*share.halves)
+    pixels = resolution_px(curve, HALF_MAP_THRESHOLD, share.volume.shape[-1])
+    return {
+        f"refine/half_map_resolution_px_{HALF_MAP_THRESHOLD}": pixels,
+        f"refine/half_map_resolution_angstrom_{HALF_MAP_THRESHOLD}": pixels * pixel_size_angstrom,
+    }
 
 
 def oracle_metrics(
@@ -192,7 +212,8 @@ def write_poses(folder: RunFolder, poses: Poses, pixel_size_angstrom: float) -> 
 
 def _of_training(folder: RunFolder, rows: list[dict[str, float]]) -> dict[str, float]:
     """The last losses, the usual speed, the number of steps and the time they took, restarts included."""
-    last = {key: value for key, value in (rows[-1] if rows else {}).items() if key.startswith("train/")}
+    trained = [row for row in rows if "train/loss_total" in row]
+    last = {key: value for key, value in (trained[-1] if trained else {}).items() if key.startswith("train/")}
     if rows:
         last["train/particles_per_second"] = statistics.median(row["train/particles_per_second"] for row in rows)
     steps = rows[-1]["step"] if rows else 0.0

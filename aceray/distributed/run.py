@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from aceray.build import lane_count, row_groups_of_lanes
+from aceray.build import lane_count, last_step, row_groups_of_lanes, training_box
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
@@ -102,9 +102,10 @@ def exhaust(steps: Generator[Event, None, Result], on_event: Callable[[Event], N
 
 
 def read_particles(path: str, half_set: int | None, box: int | None) -> tuple[ParticleSet, ParticleStack]:
-    """A data set or a half set, and all its particles, Fourier-cropped to `box`, read in this process."""
+    """A data set or a half set, and all its particles, Fourier-cropped to at most `box`, read in this process."""
     particles = open_particles(path, half_set)
-    return particles, read_here(particles, particles.row_groups(), box or particles.manifest.box)
+    stored = particles.manifest.box
+    return particles, read_here(particles, particles.row_groups(), min(box or stored, stored))
 
 
 def evaluate_run(path: str | Path, on_progress: OnProgress | None = None) -> RunResult:
@@ -173,7 +174,7 @@ def _evaluate(
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
-    groups, box = particles.row_groups(), config.data.box or particles.manifest.box
+    groups, box = particles.row_groups(), training_box(config, particles.manifest.box)
     with ended_by_sigterm(), threads(config):
         stack, device = read_here(particles, groups, box), device_of(config)
         beside = score_oracle(particles, stack, device)
@@ -182,7 +183,7 @@ def _evaluate(
             share = predict_share(config, folder, particles, stack, Place(device=device))
             result = write_results(config, folder, particles, [share], tracker, beside)
     if on_progress is not None:
-        on_progress(Progress(steps[-1], config.train.steps, {}, 0.0, result.metrics))
+        on_progress(Progress(steps[-1], last_step(config), {}, 0.0, result.metrics))
     return result
 
 
@@ -204,7 +205,7 @@ def _train(
     stack: ParticleStack | None,
 ) -> Generator[Progress, None, list[Share]]:
     """The progress of all workers, each with its row groups, as one; returns their shares."""
-    box = config.data.box or particles.manifest.box
+    box = training_box(config, particles.manifest.box)
     if config.resources.workers == 0:
         stack = read_here(particles, groups[0], box) if stack is None else stack
         return [(yield from train_share(config, folder, particles, stack, Place(device=device_of(config))))]

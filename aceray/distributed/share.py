@@ -1,18 +1,32 @@
 """One worker's share of a run: train on its particles, keep checkpoints, predict its poses. Knows no Ray."""
 
-from collections.abc import Generator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from aceray.build import build_trainer, truth_score
+from aceray.build import (
+    build_refiner,
+    build_trainer,
+    final_box,
+    lane_count,
+    last_step,
+    row_groups_of_lanes,
+    truth_score,
+)
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
+from aceray.distributed.ingest import read_here
 from aceray.folder import RunFolder
-from aceray.train.loop import Progress, Trainer
+from aceray.train.loop import Progress, Score, Snapshot, Trainer
 from aceray.train.predict import Poses
+from aceray.train.refine import PoseTable, Refined, Refiner
+
+_SCORED_PARTICLES = 1024
 
 
 @dataclass(frozen=True)
@@ -44,42 +58,124 @@ class Place:
 class Share:
     """What a worker has at the end: the poses of its particles, their label-free metrics, and the volume.
 
-    The volume is the same on all workers.
+    The volume is the same on all workers, and so are the maps of its two halves where poses were refined.
     """
 
     poses: Poses
     volume: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
+    halves: tuple[Tensor, Tensor] | None = None
 
 
 def train_share(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:
-    """Train from the newest checkpoint of the folder, or from the start; yields every step.
+    """Train and refine from the newest checkpoint of the folder, or from the start; yields every step and round.
 
     Raises:
         DataError: the checkpoint is damaged or of another model.
         NonFiniteLoss: a loss is not a number; nothing was updated in that step.
     """
-    trainer = _restored(config, folder, particles, stack, place)
+    trainer, refined = _restored(config, folder, particles, stack, place)
     for progress in trainer.run():
         if progress.checkpoint_due:
-            tensors, metadata = trainer.checkpoint()
-            if place.rank == 0:
-                folder.write_checkpoint(tensors, metadata, config.train.keep_checkpoints)
-        yield progress
-    return Share(trainer.predict(), trainer.volume(), trainer.scores())
+            _keep(config, folder, place, *trainer.checkpoint())
+        yield replace(progress, steps=last_step(config))
+    if config.refine is None:
+        return _share(trainer)
+    refiner = _refiner(config, particles, stack, place)
+    if refined is None:
+        refined = _start(trainer.predict(), place)
+    score = truth_score(particles)
+    started = time.perf_counter()
+    for refined in refiner.run(refined):
+        rate = len(refiner.particles) / (time.perf_counter() - started)
+        _keep(config, folder, place, *_checkpoint(trainer, refined, refiner, place))
+        yield _progress(config, refiner, refined, rate, score)
+        started = time.perf_counter()
+    return _refined_share(trainer, refiner, refined)
 
 
 def predict_share(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Share:
     """Poses and volume of the newest checkpoint of the folder; DataError when it is damaged or of another model."""
-    trainer = _restored(config, folder, particles, stack, place)
+    trainer, refined = _restored(config, folder, particles, stack, place)
+    if refined is None:
+        return _share(trainer)
+    return _refined_share(trainer, _refiner(config, particles, stack, place), refined)
+
+
+def _share(trainer: Trainer) -> Share:
     return Share(trainer.predict(), trainer.volume(), trainer.scores())
 
 
-def _restored(config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place) -> Trainer:
+def _refined_share(trainer: Trainer, refiner: Refiner, refined: Refined) -> Share:
+    if refined.maps is None:
+        refined = refiner.with_maps(refined)
+    assert refined.maps is not None
+    trainer.predict()  # sets the encoder up for its scores
+    poses = _poses(refiner, refined)
+    halves = (refined.maps.halves[0].cpu(), refined.maps.halves[1].cpu())
+    return Share(poses, refined.maps.joint.cpu(), trainer.scores() | refined.metrics, halves)
+
+
+def _refiner(
+    config: Config, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Refiner:
+    """Reads the particles again where the refinement needs a larger box than the training."""
+    box = final_box(config, particles.manifest.box)
+    if stack.images.shape[-1] != box:
+        lanes = range(place.rank, lane_count(config), place.workers)
+        stack = read_here(particles, row_groups_of_lanes(particles, lanes, lane_count(config)), box)
+    return build_refiner(config, particles, stack, place.device)
+
+
+def _start(poses: Poses, place: Place) -> Refined:
+    table = PoseTable(poses.rotation, poses.shift_px, torch.ones_like(poses.residual))
+    return Refined(0, PoseTable(*(column.to(place.device) for column in vars(table).values())))
+
+
+def _poses(refiner: Refiner, refined: Refined) -> Poses:
+    table = refined.table
+    return Poses(
+        refiner.particles.particle_id, table.rotation.cpu(), table.shift_px.cpu(), table.energy.cpu()
+    )
+
+
+def _progress(config: Config, refiner: Refiner, refined: Refined, rate: float, score: Score) -> Progress:
+    """A round as a step after the last one of the training."""
+    assert refined.maps is not None
+    poses, volume = _poses(refiner, refined), refined.maps.joint.cpu()
+    few = Poses(*(column[:_SCORED_PARTICLES] for column in vars(poses).values()))
+    metrics = score(few, volume) | refined.metrics
+    step = config.train.steps + refined.done
+    return Progress(step, last_step(config), {}, rate, metrics, True, Snapshot(few, volume))
+
+
+def _keep(
+    config: Config, folder: RunFolder, place: Place, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    if place.rank == 0:
+        folder.write_checkpoint(tensors, metadata, config.train.keep_checkpoints)
+
+
+def _checkpoint(
+    trainer: Trainer, refined: Refined, refiner: Refiner, place: Place
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The trained model and the poses of all workers."""
+    tensors, metadata = trainer.checkpoint()
+    own = {"particle_id": refiner.particles.particle_id, **vars(refined.table)}
+    gathered = place.gather({name: column.cpu() for name, column in own.items()})
+    for name in own:
+        tensors[f"refine.{name}"] = torch.cat([each[name] for each in gathered])
+    notes = {"rounds": refined.done, "moved": refined.moved, "energy": refined.energy}
+    return tensors, {**metadata, "step": metadata["step"] + refined.done, **notes}
+
+
+def _restored(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> tuple[Trainer, Refined | None]:
     trainer = build_trainer(
         config,
         particles,
@@ -92,6 +188,14 @@ def _restored(config: Config, folder: RunFolder, particles: ParticleSet, stack: 
     )
     # Rank 0 decides: another node's view of the folder may be older.
     steps = place.gather(folder.checkpoint_steps())[0]
-    if steps:
-        trainer.restore(*folder.read_checkpoint(steps[-1]))
-    return trainer
+    if not steps:
+        return trainer, None
+    tensors, metadata = folder.read_checkpoint(steps[-1])
+    rounds = metadata.get("rounds", 0)
+    trainer.restore(tensors, {"step": metadata["step"] - rounds})
+    if not rounds:
+        return trainer, None
+    order = tensors["refine.particle_id"].argsort()
+    rows = order[torch.searchsorted(tensors["refine.particle_id"][order], stack.particle_id)]
+    columns = (tensors[f"refine.{name}"][rows].to(place.device) for name in ("rotation", "shift_px", "energy"))
+    return trainer, Refined(rounds, PoseTable(*columns), None, metadata["moved"], metadata["energy"])

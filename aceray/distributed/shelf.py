@@ -8,6 +8,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
+from aceray.build import training_box
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
 from aceray.distributed.ingest import columns_of, read_here, shared_stack
@@ -46,7 +47,7 @@ def reader(shelf: Any) -> Callable[[Config], tuple[ParticleSet, ParticleStack]]:
 
     def read_stack(config: Config) -> tuple[ParticleSet, ParticleStack]:
         particles = open_particles(config.data.path, config.data.half_set)
-        box = config.data.box or particles.manifest.box
+        box = training_box(config, particles.manifest.box)
         path = str(Path(config.data.path).absolute())
         try:
             columns: dict[str, np.ndarray] = ray.get(ray.get(shelf.fetch.remote(path, config.data.half_set, box))[0])

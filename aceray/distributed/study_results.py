@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aceray.build import final_box
 from aceray.comparison import compare, table_markdown
 from aceray.config import Config
 from aceray.data.manifest import Manifest
@@ -177,7 +178,7 @@ def _setup(run: RunFolder) -> Setup:
     manifest = _manifest(config)
     if manifest is None or digest not in (None, manifest.sha256):
         return Setup(config.train.steps, config.train.batch, config.data.box, None, digest)
-    box = config.data.box or manifest.box
+    box = final_box(config, manifest.box)
     cropped = "" if box == manifest.box else f"@{box}"
     return Setup(config.train.steps, config.train.batch, box, manifest.particles, manifest.sha256 + cropped)
 

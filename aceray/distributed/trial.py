@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aceray.build import last_step
 from aceray.config import Config
 from aceray.data.mrc import read_volume
 from aceray.data.particles import open_particles
@@ -213,7 +214,7 @@ def _in_turns(trial: Trial, read_stack: ReadStack | None) -> Generator[Report, N
             try:
                 event = next(runs[index])
             except StopIteration:
-                at[index] = trial.configs[index].train.steps
+                at[index] = last_step(trial.configs[index])
                 del runs[index]
                 continue
             at[index], latest[index] = event.step, event
@@ -228,7 +229,7 @@ def _evaluations(config: Config, read_stack: ReadStack | None) -> Generator[Prog
     begun = folder.config.exists()
     if begun:
         check_same_settings(folder, config)
-        if folder.is_finished(config.train.steps):
+        if folder.is_finished(last_step(config)):
             return
     with contextlib.closing(run_steps(config, "resume" if begun else "error", read_stack, _untracked)) as steps:
         for event in steps:
@@ -253,7 +254,7 @@ def _final(trial: Trial) -> Report:
     found = [json.loads(member.metrics.read_text()) for member in trial.members]
     metrics = {key: float(value) for key, value in found[0].items() if value is not None}
     metrics["train/wall_seconds"] = sum(each.get("train/wall_seconds") or 0.0 for each in found)
-    steps, rate = trial.configs[0].train.steps, metrics.get("train/particles_per_second", 0.0)
+    steps, rate = last_step(trial.configs[0]), metrics.get("train/particles_per_second", 0.0)
     return Report(steps, steps, metrics | _final_scores(trial), rate, trial.members[0].checkpoint_file(steps))
 
 

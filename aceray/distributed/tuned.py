@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from ray import tune
 
+from aceray.build import last_step
 from aceray.distributed.shelf import reader
 from aceray.distributed.trial import Report, Trial, changed, read_notes, run_trial, write_notes
 from aceray.errors import AcerayError
@@ -40,7 +41,7 @@ def train(config: dict[str, Any], *, trials: dict[str, Trial], mutations: tuple[
 
 def _report_all(trial: Trial, shelf: Any, start_from: Path | None, handed: Path | None) -> None:
     """Run the trial; report every evaluation, and how it ended, to Tune."""
-    last = {"step": 0, "steps": trial.configs[0].train.steps, "particles_per_second": 0.0}
+    last = {"step": 0, "steps": last_step(trial.configs[0]), "particles_per_second": 0.0}
     try:
         with contextlib.closing(run_trial(trial, reader(shelf), start_from)) as reports:
             for report in reports:

@@ -6,8 +6,8 @@ random ones such rounds do not converge. The residual is whitened by the images'
 the strong low frequencies alone would decide.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ _SEARCH_STEP = 0.325  # of the search's resolution: neighbouring shifts differ b
 _CHUNK = 512
 # a rotation that moves by more than 41 degrees has left its minimum
 _MOVED_SQFROB = 1.0
-_SMALLEST_SPREAD_PX = 0.2
+_SMALLEST_SPREAD_PX = 0.2  # of the round's box
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class Round:
 
 @dataclass(frozen=True)
 class PoseTable:
-    """Poses of a worker's particles; shifts in pixels of the stored images, energy per weight of the last round."""
+    """Poses of a worker's particles; shifts in pixels of the stored images.
+
+    energy is that of the round that gave the pose, over the sum of the weights: 1 for an empty map, the share of an
+    image's power that is left unexplained, all shells alike.
+    """
 
     rotation: Float[Tensor, "n 3 3"]
     shift_px: Float[Tensor, "n 2"]
@@ -49,14 +53,19 @@ class PoseTable:
 
 @dataclass(frozen=True)
 class Refined:
-    """What a round left: poses, maps, the share of images that took another pose, energy per weight (1: no better than
-    an empty map), spread of the shifts in pixels of the stored images."""
+    """Where a refinement is: rounds done, the worker's poses, the maps of all poses, and of the last round the share of
+    poses that left their minimum and the mean energy, of all workers."""
 
+    done: int
     table: PoseTable
-    maps: Maps
-    moved: float
-    energy: float
-    shift_spread_px: float | None
+    maps: Maps | None = None
+    moved: float = 1.0
+    energy: float = 1.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """refine/moved and refine/energy."""
+        return {"refine/moved": self.moved, "refine/energy": self.energy}
 
 
 class Level:
@@ -69,99 +78,141 @@ class Level:
         self._pixel_size_angstrom = particles.pixel_size_angstrom * disc.box / box
         self.weight = self.disc.weight / self._power()
 
-    def images(self, rows: Int[Tensor, " b"]) -> Images:
-        """Some of the images with their contrast transfer."""
+    def chunks(self) -> Iterator[tuple[Int[Tensor, " b"], Images]]:
+        """All images, a few hundred at a time, with their rows."""
+        for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
+            yield rows, self._images(rows)
+
+    def _images(self, rows: Int[Tensor, " b"]) -> Images:
         ctf = self._particles.ctf
-        cropped = Particles(
-            self._particles.coefficients[rows][:, self._index],
-            None if ctf is None else ctf.take(rows),
-            rows,
-            self._pixel_size_angstrom,
-        )
-        return Images(cropped.coefficients, cropped.transfer(torch.arange(len(rows)), self.disc))
+        coefficients = self._particles.coefficients[rows][:, self._index]
+        if ctf is None:
+            return Images(coefficients, None)
+        cropped = Particles(coefficients, ctf.take(rows), rows.cpu(), self._pixel_size_angstrom)
+        return Images(coefficients, cropped.transfer(torch.arange(len(rows), device=rows.device), self.disc))
 
     def _power(self) -> Float[Tensor, " p"]:
         """Mean power of the images of all workers in each shell, at every frequency."""
         shells = int(self.disc.shell.max()) + 1
-        sums = torch.zeros(2, shells, device=self.disc.radius.device)
-        for rows in torch.arange(len(self._particles)).split(_CHUNK):
-            coefficients = self._particles.coefficients[rows][:, self._index]
-            sums[0].index_add_(0, self.disc.shell, torch.view_as_real(coefficients).square().sum((0, -1)))
-            sums[1].index_add_(0, self.disc.shell, torch.full_like(self.disc.radius, len(rows)))
-        power, count = sum_over_workers(sums)
-        return (power / count.clamp_min(1)).clamp_min(1e-12)[self.disc.shell]
+        power = torch.zeros(2, shells, device=self.disc.radius.device)
+        for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
+            squared = torch.view_as_real(self._particles.coefficients[rows][:, self._index]).square().sum((0, -1))
+            power[0].index_add_(0, self.disc.shell, squared)
+            power[1].index_add_(0, self.disc.shell, torch.full_like(self.disc.radius, len(rows)))
+        total, count = sum_over_workers(power)
+        return (total / count.clamp_min(1)).clamp_min(1e-12)[self.disc.shell]
 
 
 def _inside(outer: HalfDisc, inner: HalfDisc) -> Int[Tensor, " q"]:
     """Where the frequencies of a smaller box stand among those of a larger one."""
     size = outer.box + 1
-    key = [(disc.frequency[:, 0] * size + disc.frequency[:, 1] + size // 2).long() for disc in (outer, inner)]
-    ordered, order = key[0].sort()
-    return order[torch.searchsorted(ordered, key[1])]
-
-
-@torch.no_grad()
-def reconstruct(level: Level, table: PoseTable, half: Int[Tensor, " n"], stored_box: int) -> Maps:
-    """The maps of the particles at their present poses."""
-    reconstruction = Reconstruction(level.disc)
-    scale = level.disc.box / stored_box
-    for rows in torch.arange(len(half)).split(_CHUNK):
-        poses = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-        reconstruction.insert(level.images(rows), poses, half[rows])
-    return reconstruction.maps()
-
-
-@torch.no_grad()
-def refine_round(
-    level: Level,
-    plan: Round,
-    table: PoseTable,
-    volume: Float[Tensor, "d d d"],
-    half: Int[Tensor, " n"],
-    stored_box: int,
-    shift_spread_px: float | None,
-    key: tuple[int, int],
-) -> Refined:
-    """Poses of all particles against a map, then the maps of these poses.
-
-    shift_spread_px, in pixels of the stored images, is the prior of the shifts; None leaves them as they are. `key`
-    names the random turn of the grid that is searched.
-    """
-    scale = plan.box / stored_box
-    total = float(level.weight.sum())
-    noise = float(table.energy.mean())
-    penalty = None if shift_spread_px is None else noise / (scale * shift_spread_px) ** 2
-    reference = make_reference(volume, level.disc, penalty, level.weight)
-    search = None if plan.search_radius is None else _Search(reference, plan.search_radius, key)
-    reconstruction, parts, moved = Reconstruction(level.disc), [], 0.0
-    for rows in torch.arange(len(half)).split(_CHUNK):
-        images = level.images(rows)
-        before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-        found = refine_poses(reference, images, before, plan.steps)
-        if search is not None:
-            found = found.or_better(search.find(images, before.shift_px))
-        moved += float((rotation_sqfrob(found.rotation, before.rotation) > _MOVED_SQFROB).sum())
-        reconstruction.insert(images, found, half[rows])
-        parts.append(found)
-    found = Matches.concatenate(parts)
-    new = PoseTable(found.rotation, found.shift_px / scale, found.energy / total)
-    sums = sum_over_workers(
-        torch.tensor([float(len(half)), moved, float(new.energy.sum()), float(new.shift_px.square().sum()) / 2])
+    outer_key, inner_key = (
+        (disc.frequency[:, 0] * size + disc.frequency[:, 1] + size // 2).long() for disc in (outer, inner)
     )
-    count, moved, energy, squared = sums.tolist()
-    spread = None if shift_spread_px is None else max((squared / count) ** 0.5, _SMALLEST_SPREAD_PX / scale)
-    return Refined(new, reconstruction.maps(), moved / count, energy / count, spread)
+    ordered, order = outer_key.sort()
+    return order[torch.searchsorted(ordered, inner_key)]
+
+
+class Refiner:
+    """The rounds of one worker's particles, as a loop that yields after each.
+
+    `particles` are at the largest box, of which `disc` is the half disc, in the images' units. `shift_spread_px`, in
+    pixels of the stored images, is what is believed of the shifts before there are any; None leaves them as they are.
+    A round searches only if more than the share `settled` of the poses moved in the one before. Particles of even and
+    of odd number are the two halves.
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        disc: HalfDisc,
+        rounds: Sequence[Round],
+        *,
+        stored_box: int,
+        shift_spread_px: float | None,
+        settled: float,
+        seed: int,
+    ) -> None:
+        self.particles, self.disc, self.rounds, self.stored_box = particles, disc, rounds, stored_box
+        self._shift_spread_px, self._settled, self._seed = shift_spread_px, settled, seed
+        self._half = (particles.particle_id % 2).to(disc.radius.device)
+
+    def run(self, state: Refined) -> Iterator[Refined]:
+        """Go on from a state; yields after each of the remaining rounds."""
+        level: Level | None = None
+        while state.done < len(self.rounds):
+            plan = self.rounds[state.done]
+            if level is None or level.disc.box != plan.box:
+                level = Level(self.particles, self.disc, plan.box)
+                state = replace(state, maps=self._maps(level, state.table))
+            if state.moved <= self._settled:
+                plan = replace(plan, search_radius=None)
+            state = self._round(level, plan, state)
+            yield state
+
+    def with_maps(self, state: Refined) -> Refined:
+        """A finished state without maps, as checkpoints hold it, with those of its poses."""
+        level = Level(self.particles, self.disc, self.rounds[state.done - 1].box)
+        return replace(state, maps=self._maps(level, state.table))
+
+    @torch.no_grad()
+    def _maps(self, level: Level, table: PoseTable) -> Maps:
+        reconstruction, scale = Reconstruction(level.disc), level.disc.box / self.stored_box
+        for rows, images in level.chunks():
+            poses = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
+            reconstruction.insert(images, poses, self._half[rows])
+        return reconstruction.maps()
+
+    @torch.no_grad()
+    def _round(self, level: Level, plan: Round, state: Refined) -> Refined:
+        """Poses of all particles against the state's map, then the maps of these poses."""
+        assert state.maps is not None
+        table, scale = state.table, plan.box / self.stored_box
+        reference = make_reference(state.maps.joint, level.disc, self._penalty(state, scale), level.weight)
+        search = None if plan.search_radius is None else _Search(reference, plan.search_radius, self._seed, state.done)
+        reconstruction, parts = Reconstruction(level.disc), []
+        for rows, images in level.chunks():
+            before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
+            found = refine_poses(reference, images, before, plan.steps)
+            if search is not None:
+                found = found.or_better(search.find(images, before.shift_px))
+            reconstruction.insert(images, found, self._half[rows])
+            parts.append(found)
+        found = Matches.concatenate(parts)
+        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.weight.sum())
+        moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
+        moved, energy = _means(moved, new.energy)
+        return Refined(state.done + 1, new, reconstruction.maps(), moved, energy)
+
+    def _penalty(self, state: Refined, scale: float) -> float | None:
+        """Weight of a squared shift in pixels of a round's box, from the spread of the present ones.
+
+        It is the noise over the spread's square; the noise, in units of the images' power, is what is left unexplained.
+        """
+        if self._shift_spread_px is None:
+            return None
+        spread = self._shift_spread_px
+        if state.done:
+            spread = _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5
+        return min(1.0, state.energy) / max(spread * scale, _SMALLEST_SPREAD_PX) ** 2
 
 
 class _Search:
     """All rotations, with the shifts about the present one."""
 
-    def __init__(self, reference: Reference, radius: float, key: tuple[int, int]) -> None:
-        grid = turned_grid(_NSIDE, _TURNS, *key).to(reference.frequency)
+    def __init__(self, reference: Reference, radius: float, seed: int, number: int) -> None:
+        grid = turned_grid(_NSIDE, _TURNS, seed, number).to(reference.frequency)
         self._reference, self._bank = reference, make_bank(reference.within(radius), grid)
         step = _SEARCH_STEP * reference.box / radius
         reach = 0.0 if reference.shift_penalty is None else 1.5 * step
         self._offsets = shift_grid(reach, step).to(reference.frequency)
 
-    def find(self, images: Images, centre_px: Tensor) -> Matches:
+    def find(self, images: Images, centre_px: Float[Tensor, "b 2"]) -> Matches:
         return Matches.concatenate(list(find_poses(self._reference, self._bank, images, centre_px, self._offsets)))
+
+
+def _means(*columns: Float[Tensor, " n"]) -> list[float]:
+    """Means over the particles of all workers."""
+    sums = torch.stack([*(column.sum() for column in columns), torch.tensor(float(len(columns[0]))).to(columns[0])])
+    *totals, count = sum_over_workers(sums).tolist()
+    return [total / count for total in totals]

@@ -21,6 +21,7 @@ QUICK = (
     "encoder.depth=2",
     "optim.warmup_steps=5",
     "tracking.enabled=false",
+    "refine=null",
 )
 
 
