@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aceray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # 50 until the first run stood; searches on Ray Tune, their trials, tables and figures, and label-free scores came after
-MOST_FILES = 70
+# (70), then the refinement of poses, its compiled loops, and real particle stacks
+MOST_FILES = 90
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_PARAMETERS = 8

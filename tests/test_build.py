@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from aceray.build import build_trainer, lane_count, row_groups_of_lanes, truth_score
+from aceray.build import build_trainer, lane_count, row_groups_of_lanes, training_box, truth_score
 from aceray.config import Config
 from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
@@ -21,7 +21,14 @@ from aceray.train.objective import Objective
 from aceray.train.schedule import LabelFilters, Ramp, ShiftWeight, TaskWeights
 from tests.distributed.particles import BOX, write_particles
 
-SMALL = ("encoder.width=32", "encoder.depth=2", "train.batch=8", "train.steps=3", "data.shift_sigma_fraction=0.03", "refine=null")
+SMALL = (
+    "encoder.width=32",
+    "encoder.depth=2",
+    "train.batch=8",
+    "train.steps=3",
+    "data.shift_sigma_fraction=0.03",
+    "refine=null",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> ParticleSet:
 
 
 def trainer(config: Config, particles: ParticleSet, **place) -> Trainer:
-    stack = read_here(particles, particles.row_groups(), config.data.box or particles.manifest.box)
+    stack = read_here(particles, particles.row_groups(), training_box(config, particles.manifest.box))
     return build_trainer(config, particles, stack, **place)
 
 

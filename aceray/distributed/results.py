@@ -69,7 +69,13 @@ def write_results(
     for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
         with written_atomically(folder.figures / f"{name}.png") as file:
             figure.savefig(file, format="png")
-    metrics = {**_of_training(folder, rows), **evaluation.metrics, **_mean_metrics(shares), **of_halves, **(beside or {})}
+    metrics = {
+        **_of_training(folder, rows),
+        **evaluation.metrics,
+        **_mean_metrics(shares),
+        **of_halves,
+        **(beside or {}),
+    }
     write_json(folder.metrics, metrics)
     news = {name: value for name, value in metrics.items() if not name.startswith("train/loss")}
     tracker.summarise(int(metrics["train/steps"]), news)

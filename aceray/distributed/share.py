@@ -120,9 +120,7 @@ def _refined_share(trainer: Trainer, refiner: Refiner, refined: Refined) -> Shar
     return Share(poses, refined.maps.joint.cpu(), trainer.scores() | refined.metrics, halves)
 
 
-def _refiner(
-    config: Config, particles: ParticleSet, stack: ParticleStack, place: Place
-) -> Refiner:
+def _refiner(config: Config, particles: ParticleSet, stack: ParticleStack, place: Place) -> Refiner:
     """Reads the particles again where the refinement needs a larger box than the training."""
     box = final_box(config, particles.manifest.box)
     if stack.images.shape[-1] != box:
@@ -138,9 +136,7 @@ def _start(poses: Poses, place: Place) -> Refined:
 
 def _poses(refiner: Refiner, refined: Refined) -> Poses:
     table = refined.table
-    return Poses(
-        refiner.particles.particle_id, table.rotation.cpu(), table.shift_px.cpu(), table.energy.cpu()
-    )
+    return Poses(refiner.particles.particle_id, table.rotation.cpu(), table.shift_px.cpu(), table.energy.cpu())
 
 
 def _progress(config: Config, refiner: Refiner, refined: Refined, rate: float, score: Score) -> Progress:

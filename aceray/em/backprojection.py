@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aceray.em.formation import shift_phase
 from aceray.em.fourier import HalfDisc
-from aceray.em.kernels import insert_slices
+from aceray.em.kernels import Grid, Views, insert_slices
 from aceray.em.projection import interpolation_correction, padded_box, sample_transform
 
 
@@ -48,13 +48,10 @@ class BackProjection:
     def _insert_on_cpu(self, coefficients: Tensor, rotation: Tensor, ctf: Tensor | None, shift_px: Tensor) -> None:
         rows = torch.arange(len(rotation))
         ctf = coefficients.new_empty(0, coefficients.shape[1], dtype=torch.float32) if ctf is None else ctf
-        given = [self.disc.frequency, coefficients, ctf, rows, rotation, shift_px]
-        insert_slices(
-            self.numerator.numpy(),
-            self.denominator.numpy(),
-            self.disc.box,
-            *(tensor.detach().contiguous().numpy() for tensor in given),
-        )
+        views = Views(*(tensor.detach().contiguous().numpy() for tensor in (coefficients, ctf, rows)))
+        poses = (tensor.detach().contiguous().numpy() for tensor in (rotation, shift_px))
+        grid = Grid(self.disc.box, self.disc.frequency.numpy())
+        insert_slices(self.numerator.numpy(), self.denominator.numpy(), grid, views, *poses)
 
     def plus(self, other: "BackProjection") -> "BackProjection":
         """The accumulator of both one's images."""

@@ -16,7 +16,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
-from aceray.em.kernels import PARAMETERS, normal_equations, sample_slices
+from aceray.em.kernels import PARAMETERS, Grid, Model, Views, normal_equations, sample_slices
 from aceray.em.projection import padded_transform, sample_transform
 from aceray.em.rotation import rotation_from_vector
 
@@ -60,6 +60,11 @@ class Reference:
     index: Tensor
     shift_penalty: float | None
 
+    @property
+    def grid(self) -> Grid:
+        """Box and frequencies, for the compiled loops."""
+        return Grid(self.box, self.frequency.contiguous().numpy())
+
     def within(self, radius: float) -> "Reference":
         """The same volume, compared at low frequencies only."""
         inside = (self.frequency.square().sum(-1) <= radius * radius).nonzero()[:, 0]
@@ -74,11 +79,8 @@ class Reference:
             return sample_transform(torch.view_as_real(self.transform).movedim(-1, 0).contiguous(), points, self.box)
         flat = rotation.reshape(-1, 3, 3).contiguous()
         slices = torch.empty(len(flat), len(self.frequency), dtype=torch.complex64)
-        volume, frequency = self.transform.numpy(), self.frequency.numpy()
-        _shared_out(
-            len(flat),
-            lambda part: sample_slices(volume, self.box, frequency, flat[part].numpy(), slices[part].numpy()),
-        )
+        volume, grid = self.transform.numpy(), self.grid
+        _shared_out(len(flat), lambda part: sample_slices(volume, grid, flat[part].numpy(), slices[part].numpy()))
         return slices.reshape(*rotation.shape[:-2], -1)
 
     def phases(self, shift_px: Float[Tensor, "*b 2"]) -> Complex[Tensor, "*b p"]:
@@ -204,22 +206,17 @@ def _model(reference: Reference, images: Images, rotation: Tensor, shift_px: Ten
 def _model_on_cpu(reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, image_of: Tensor) -> _Model:
     count = len(rotation)
     found = _Model(torch.empty(count), torch.empty(count, PARAMETERS), torch.empty(count, PARAMETERS, PARAMETERS))
-    transfer = torch.empty(0, images.coefficients.shape[1]) if images.transfer is None else images.transfer
-    fixed = [reference.transform, reference.frequency, reference.weight, images.coefficients, transfer]
-    volume, frequency, weight, coefficients, contrast = (tensor.contiguous().numpy() for tensor in fixed)
-    varying = [image_of, rotation.contiguous(), shift_px.contiguous(), *vars(found).values()]
-    _shared_out(
-        count,
-        lambda part: normal_equations(
-            volume,
-            reference.box,
-            frequency,
-            weight,
-            coefficients,
-            contrast,
-            *(tensor[part].numpy() for tensor in varying),
-        ),
-    )
+    transfer = images.coefficients.real.new_empty(0, 0) if images.transfer is None else images.transfer
+    volume, weight = reference.transform.numpy(), reference.weight.contiguous().numpy()
+    coefficients, contrast = images.coefficients.contiguous().numpy(), transfer.contiguous().numpy()
+    grid, rotation, shift_px = reference.grid, rotation.contiguous(), shift_px.contiguous()
+
+    def work(part: slice) -> None:
+        views = Views(coefficients, contrast, image_of[part].numpy())
+        model = Model(*(column[part].numpy() for column in vars(found).values()))
+        normal_equations(volume, grid, weight, views, rotation[part].numpy(), shift_px[part].numpy(), model)
+
+    _shared_out(count, work)
     return found
 
 

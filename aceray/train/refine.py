@@ -27,6 +27,7 @@ _CHUNK = 512
 # a rotation that moves by more than 41 degrees has left its minimum
 _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
+_NO_AGREEMENT, _BEYOND = 0.1, 1.2
 
 
 @dataclass(frozen=True)
@@ -168,18 +169,19 @@ class Refiner:
         """Poses of all particles against the state's map, then the maps of these poses."""
         assert state.maps is not None
         table, scale = state.table, plan.box / self.stored_box
-        reference = make_reference(state.maps.joint, level.disc, self._penalty(state, scale), level.weight)
+        whole = make_reference(state.maps.joint, level.disc, self._penalty(state, scale), level.weight)
+        reference = whole.within(_reach(state.maps.half_fsc))
         search = None if plan.search_radius is None else _Search(reference, plan.search_radius, self._seed, state.done)
         reconstruction, parts = Reconstruction(level.disc), []
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-            found = refine_poses(reference, images, before, plan.steps)
+            found = refine_poses(reference, images.at(reference.index), before, plan.steps)
             if search is not None:
                 found = found.or_better(search.find(images, before.shift_px))
             reconstruction.insert(images, found, self._half[rows])
             parts.append(found)
         found = Matches.concatenate(parts)
-        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.weight.sum())
+        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / reference.weight.sum())
         moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
         moved, energy = _means(moved, new.energy)
         return Refined(state.done + 1, new, reconstruction.maps(), moved, energy)
@@ -195,6 +197,12 @@ class Refiner:
         if state.done:
             spread = _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5
         return min(1.0, state.energy) / max(spread * scale, _SMALLEST_SPREAD_PX) ** 2
+
+
+def _reach(half_fsc: Float[Tensor, " s"]) -> float:
+    """Radius in cycles per box to which the halves agree, and some more: beyond it the map says nothing of a pose."""
+    lost = (half_fsc[3:] < _NO_AGREEMENT).nonzero()
+    return _BEYOND * (3 + int(lost[0])) if len(lost) else float(len(half_fsc))
 
 
 class _Search:

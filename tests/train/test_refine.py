@@ -1,0 +1,151 @@
+"""From rough poses to exact ones, from halves to a map; signs, boxes and restarts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from aceray.em.fourier import HalfDisc, crop_images, crop_volume
+from aceray.em.random import named_generator
+from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob
+from aceray.metrics.fsc import fourier_shell_correlation, fsc_area, half_ball
+from aceray.train.energy import Images, Matches
+from aceray.train.predict import Particles
+from aceray.train.reconstruct import Reconstruction, damped
+from aceray.train.refine import Level, PoseTable, Refined, Refiner, Round
+from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, projections
+
+DISC = HalfDisc(BOX)
+
+
+def rough(rotation: torch.Tensor, shift: torch.Tensor, wrong: int = 0) -> Refined:
+    """Poses 6 degrees and half a pixel off; the first `wrong` ones at random."""
+    generator = named_generator("tests/refine")
+    turn = 0.1 * torch.nn.functional.normalize(torch.randn(len(rotation), 3, generator=generator), dim=-1)
+    start = rotation_from_vector(turn) @ rotation
+    start[:wrong] = random_rotations(wrong, generator)
+    moved = shift + 0.35 * torch.randn(shift.shape, generator=generator)
+    return Refined(0, PoseTable(start, moved, torch.ones(len(rotation))))
+
+
+def refiner(particles: Particles, rounds: list[Round], **changes) -> Refiner:
+    given = {"stored_box": BOX, "shift_spread_px": 1.0, "settled": 0.0, "seed": 5} | changes
+    return Refiner(particles, HalfDisc(BOX), rounds, **given)
+
+
+def error(state: Refined, rotation: torch.Tensor) -> torch.Tensor:
+    return rotation_sqfrob(state.table.rotation, rotation)
+
+
+def particles_and_poses(count: int, noise: float = 0.1) -> tuple[Particles, torch.Tensor, torch.Tensor]:
+    found = projections(count, noise=noise)
+    return found[0], found[1], found[2]
+
+
+def test_rounds_lower_the_errors_and_tell_true_from_mirrored() -> None:
+    particles, rotation, shift = particles_and_poses(600)
+    start = rough(rotation, shift)
+    done = list(refiner(particles, [Round(BOX, None, 3)] * 3).run(start))
+    assert [state.done for state in done] == [1, 2, 3]
+    assert float(error(done[-1], rotation).median()) < 0.2 * float(error(start, rotation).median())
+    off = (done[-1].table.shift_px - shift).square().sum(-1)
+    assert float(off.median()) < 0.3 * float((start.table.shift_px - shift).square().sum(-1).median())
+    volume = done[-1].maps.joint  # type: ignore[union-attr]
+    truth = chiral_volume()
+    assert fsc_area(fourier_shell_correlation(volume, truth)[:7]) > 0.9
+    mirrored = truth.flip(2).roll(1, 2)
+    assert fsc_area(fourier_shell_correlation(volume, mirrored)[:7]) < 0.7
+
+
+def test_search_brings_lost_poses_back_and_local_rounds_do_not() -> None:
+    particles, rotation, shift = particles_and_poses(400)
+    start = rough(rotation, shift, wrong=80)
+    lost = {}
+    for name, radius in (("local", None), ("search", 5.0)):
+        *_, last = refiner(particles, [Round(BOX, radius, 3)] * 2).run(start)
+        lost[name] = float((error(last, rotation)[:80] > 0.5).float().mean())
+    assert lost["local"] > 0.6 and lost["search"] < 0.15
+
+
+def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    particles, rotation, shift = particles_and_poses(100)
+    turns: list[tuple[int, ...]] = []
+
+    def counted(nside: int, turns_in_plane: int, *key: int) -> torch.Tensor:
+        turns.append(key)
+        return random_rotations(50, named_generator("tests/refine/grid", *key))
+
+    monkeypatch.setattr("aceray.train.refine.turned_grid", counted)
+    plan = [Round(BOX, 4.0, 2)] * 3
+    list(refiner(particles, plan, settled=1.0).run(rough(rotation, shift)))
+    assert turns == []
+    list(refiner(particles, plan, settled=0.5).run(rough(rotation, shift)))
+    assert turns == [(5, 0)]
+    list(refiner(particles, plan, settled=-1.0).run(rough(rotation, shift)))
+    assert turns[1:] == [(5, 0), (5, 1), (5, 2)]
+
+
+def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
+    particles, rotation, shift = particles_and_poses(150)
+    source = refiner(particles, [Round(BOX, 5.0, 2), Round(BOX, None, 2), Round(BOX, None, 2)])
+    states = list(source.run(rough(rotation, shift)))
+    *_, again = source.run(replace(states[0], maps=None))
+    assert_close(again.table.rotation, states[-1].table.rotation, rtol=0, atol=0)
+    assert_close(source.with_maps(replace(states[-1], maps=None)).maps.joint, states[-1].maps.joint)  # type: ignore[union-attr]
+
+
+def test_without_a_spread_shifts_stay() -> None:
+    particles, rotation, shift = particles_and_poses(60)
+    start = rough(rotation, shift)
+    *_, last = refiner(particles, [Round(BOX, 4.0, 2)], shift_spread_px=None).run(start)
+    assert_close(last.table.shift_px, start.table.shift_px, rtol=0, atol=1e-6)
+
+
+def test_a_coarser_level_has_the_cropped_images_and_their_contrast() -> None:
+    particles, _, _ = particles_and_poses(20)
+    images = DISC.scatter(particles.coefficients)
+    particles = replace(particles, coefficients=DISC.gather(images))  # a real mean
+    level = Level(particles, DISC, 10)
+    ((rows, found),) = level.chunks()
+    assert rows.tolist() == list(range(20))
+    assert_close(found.coefficients, HalfDisc(10).gather(crop_images(images, 10)), rtol=1e-4, atol=1e-4)
+    small = Particles(found.coefficients, particles.ctf, particles.particle_id, PIXEL_SIZE_ANGSTROM * BOX / 10)
+    assert_close(found.transfer, small.transfer(torch.arange(20), HalfDisc(10)))
+    inner = DISC.radius[:, None] < 5
+    power = (particles.coefficients.abs().square().T * inner).sum(1) / 20
+    shell_three = (DISC.shell == 3) & (DISC.radius < 5)
+    weight = level.weight[HalfDisc(10).shell == 3]
+    assert_close(weight, torch.full_like(weight, 2.0 / float(power[shell_three].mean())), rtol=1e-4, atol=0)
+
+
+def test_rounds_of_growing_boxes_scale_the_shifts() -> None:
+    particles, rotation, shift = particles_and_poses(400)
+    start = rough(rotation, shift)
+    states = list(refiner(particles, [Round(10, None, 3), Round(BOX, None, 3)]).run(start))
+    assert states[0].maps.joint.shape == (10, 10, 10)  # type: ignore[union-attr]
+    coarse = fourier_shell_correlation(states[0].maps.joint, crop_volume(chiral_volume(), 10))  # type: ignore[union-attr]
+    assert float(coarse[1:4].min()) > 0.9
+    for state in states:
+        assert float((state.table.shift_px - shift).square().sum(-1).median()) < 0.1
+
+
+def test_halves_share_no_image_and_their_correlation_filters_the_map() -> None:
+    particles, rotation, shift = particles_and_poses(300, noise=3.0)
+    images = Images(particles.coefficients, particles.transfer(torch.arange(300), DISC))
+    poses, half = Matches(rotation, shift, torch.zeros(300)), particles.particle_id % 2
+    together = Reconstruction(DISC)
+    together.insert(images, poses, half)
+    maps = together.maps()
+    alone = Reconstruction(DISC)
+    odd = half == 1
+    alone.insert(images.take(odd), Matches(rotation[odd], shift[odd], torch.zeros(int(odd.sum()))), half[odd])
+    own = alone.maps().halves[1]
+    ball = half_ball(BOX)
+    similar = fourier_shell_correlation(own, maps.halves[1])
+    assert float(similar[1:].min()) > 0.999
+    correlation = fourier_shell_correlation(*maps.halves)
+    assert_close(correlation[1:], maps.half_fsc[1:], rtol=0, atol=1e-3)
+    assert float(maps.half_fsc[1:3].min()) > 0.5 and float(maps.half_fsc[-2:].max()) < 0.5
+    strength = damped(maps.joint, torch.ones(BOX // 2 + 1), ball)
+    assert_close(strength, maps.joint, rtol=1e-3, atol=1e-5)
