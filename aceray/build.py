@@ -43,7 +43,7 @@ from aceray.train.lanes import Lane, Sampler
 from aceray.train.loop import Plan, Score, Trainer
 from aceray.train.objective import Objective, ShiftMoments
 from aceray.train.predict import Particles, particles_from_stack
-from aceray.train.refine import Refiner, Round
+from aceray.train.refine import Limits, Refiner, Round
 from aceray.train.schedule import (
     LabelFilters,
     LearningRate,
@@ -58,6 +58,7 @@ from aceray.train.statistics import ImageStatistics, image_statistics, sum_over_
 
 # filtered particles of each lane from which the input's scale is taken
 _SCALE_PARTICLES = 512
+_RESCUE_RADIUS = 1.5  # over that of the search: few are searched, so it may be fine
 
 
 def lane_count(config: Config) -> int:
@@ -86,7 +87,9 @@ def training_box(config: Config, stored_box: int) -> int:
 def last_step(config: Config) -> int:
     """Number of the last step of a run: those of the training, then one for each round of refinement."""
     refine = config.refine
-    return config.train.steps + (refine.search_rounds + refine.polish_rounds if refine else 0)
+    if refine is None:
+        return config.train.steps
+    return config.train.steps + refine.search_rounds + int(refine.registers) + refine.polish_rounds
 
 
 def refinement_rounds(config: Config, stored_box: int) -> list[Round]:
@@ -98,8 +101,12 @@ def refinement_rounds(config: Config, stored_box: int) -> list[Round]:
     # where doubling would not get there, larger factors
     growth = max(2.0, (largest / box) ** (1 / max(1, plan.polish_rounds)))
     ladder = [min(largest, 2 * round(box * growth ** (number + 1) / 2)) for number in range(plan.polish_rounds)]
-    search = [Round(box, min(plan.search_radius, box / 2), plan.steps)] * plan.search_rounds
-    return search + [Round(each, None, plan.steps) for each in ladder]
+    radius, steps = min(plan.search_radius, box / 2), plan.steps
+    rounds = [Round(box, steps, radius, 1.0)] * plan.search_rounds
+    if plan.registers:
+        # after the first: search upon search hardens wrong registers until the map no longer shows its near-symmetry
+        rounds.insert(1, Round(box, steps, radius, registers=True))
+    return rounds + [Round(each, steps, radius * _RESCUE_RADIUS, plan.rescued_fraction) for each in ladder]
 
 
 def final_box(config: Config, stored_box: int) -> int:
@@ -188,7 +195,7 @@ def build_refiner(config: Config, particles: ParticleSet, stack: ParticleStack, 
         refinement_rounds(config, stored),
         stored_box=stored,
         shift_spread_px=spread if spread > 0 else None,
-        settled=config.refine.settled_fraction,
+        limits=Limits(config.refine.settled_fraction, config.refine.rescued_fraction, config.refine.near_symmetry),
         seed=config.seed,
     )
 

@@ -308,10 +308,19 @@ class Refine(Model):
     """Rounds of every particle's own pose against the map of all, after the training."""
 
     search_rounds: int = Field(
-        4, ge=0, le=100, description="first rounds, at the box of the training, in which all poses are searched"
+        6, ge=1, le=100, description="first rounds, at the box of the training, in which all poses are searched"
     )
     settled_fraction: Fraction = Field(
-        0.002, description="a round searches only if more than this share of the poses moved in the one before"
+        0.002, description="once no more than this share of the poses moved in a round, later ones search few"
+    )
+    rescued_fraction: Fraction = Field(
+        0.05, description="share of the particles, those explained worst, that settled rounds and the last ones search"
+    )
+    registers: bool = Field(
+        True, description="look for a near-symmetry of the map after the first search, and solve its registers"
+    )
+    near_symmetry: float = Field(
+        0.72, gt=0, le=1, description="least correlation of the map with itself turned that counts as a near-symmetry"
     )
     polish_rounds: int = Field(
         3, ge=0, le=100, description="last rounds, each at twice the box of the one before up to the largest"

@@ -27,6 +27,8 @@ from aceray.train.predict import Poses
 from aceray.train.refine import PoseTable, Refined, Refiner
 
 _SCORED_PARTICLES = 1024
+# what a checkpoint keeps of a refinement beside the poses
+_NOTED = ("moved", "energy", "symmetry_order", "symmetry_correlation")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def train_share(
         refined = _start(trainer.predict(), place)
     score = truth_score(particles)
     started = time.perf_counter()
-    for refined in refiner.run(refined):
+    for state in refiner.run(refined):
+        refined = state
         rate = len(refiner.particles) / (time.perf_counter() - started)
         _keep(config, folder, place, *_checkpoint(trainer, refined, refiner, place))
         yield _progress(config, refiner, refined, rate, score)
@@ -165,7 +168,8 @@ def _checkpoint(
     gathered = place.gather({name: column.cpu() for name, column in own.items()})
     for name in own:
         tensors[f"refine.{name}"] = torch.cat([each[name] for each in gathered])
-    notes = {"rounds": refined.done, "moved": refined.moved, "energy": refined.energy}
+    notes = {name: getattr(refined, name) for name in _NOTED}
+    notes["rounds"] = refined.done
     return tensors, {**metadata, "step": metadata["step"] + refined.done, **notes}
 
 
@@ -194,4 +198,4 @@ def _restored(
     order = tensors["refine.particle_id"].argsort()
     rows = order[torch.searchsorted(tensors["refine.particle_id"][order], stack.particle_id)]
     columns = (tensors[f"refine.{name}"][rows].to(place.device) for name in ("rotation", "shift_px", "energy"))
-    return trainer, Refined(rounds, PoseTable(*columns), None, metadata["moved"], metadata["energy"])
+    return trainer, Refined(rounds, PoseTable(*columns), None, **{name: metadata[name] for name in _NOTED})

@@ -124,6 +124,14 @@ class Matches:
         """A selection of the images."""
         return Matches(self.rotation[index], self.shift_px[index], self.energy[index])
 
+    def replaced(self, index: Tensor, others: "Matches") -> "Matches":
+        """The matches with some of them exchanged."""
+        return Matches(
+            self.rotation.index_copy(0, index, others.rotation),
+            self.shift_px.index_copy(0, index, others.shift_px),
+            self.energy.index_copy(0, index, others.energy),
+        )
+
     def best(self) -> "Matches":
         """The candidate of least energy for each image, of several."""
         row = torch.arange(len(self.energy), device=self.energy.device), self.energy.argmin(dim=1)

@@ -16,9 +16,9 @@ from aceray.data.particles import Truth
 from aceray.em.backprojection import BackProjection
 from aceray.em.fourier import HalfDisc, crop_volume
 from aceray.em.projection import soft_sphere
+from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.evaluate import evaluate, rows_of_truth
 from aceray.train.predict import Particles, Poses
-from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 
 # poses of so many particles, evenly spread over the set, are searched; the map is made of all

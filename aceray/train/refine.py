@@ -20,6 +20,7 @@ from aceray.train.predict import Particles
 from aceray.train.reconstruct import Maps, Reconstruction
 from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 from aceray.train.statistics import sum_over_workers
+from aceray.train.symmetry import find_near_symmetry, solve_registers
 
 _NSIDE, _TURNS = 4, 32  # 6,144 rotations, 15 degrees of view and 11 of turn apart
 _SEARCH_STEP = 0.325  # of the search's resolution: neighbouring shifts differ by at most two radians of phase
@@ -28,15 +29,22 @@ _CHUNK = 512
 _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
 _NO_AGREEMENT, _BEYOND = 0.1, 1.2
+_SYMMETRIC_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of poses and map: box in pixels, radius of the search in cycles per box (None: no search), steps."""
+    """One turn of poses and map.
+
+    box in pixels; steps from a particle's own pose; the radius of the search, cycles per box, and the share of the
+    particles that are searched, those of most energy. A round of registers looks for a near-symmetry instead.
+    """
 
     box: int
-    search_radius: float | None
     steps: int
+    search_radius: float = 8.0
+    searched: float = 0.0
+    registers: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,32 @@ class Refined:
     maps: Maps | None = None
     moved: float = 1.0
     energy: float = 1.0
+    symmetry_order: int = 1
+    symmetry_correlation: float = 0.0
 
     @property
     def metrics(self) -> dict[str, float]:
-        """refine/moved and refine/energy."""
-        return {"refine/moved": self.moved, "refine/energy": self.energy}
+        """refine/moved, refine/energy and, of the near-symmetry that was found, its order (1: none) and correlation."""
+        return {
+            "refine/moved": self.moved,
+            "refine/energy": self.energy,
+            "refine/near_symmetry_order": float(self.symmetry_order),
+            "refine/near_symmetry_correlation": self.symmetry_correlation,
+        }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a refinement changes its ways.
+
+    Once no more than the share `settled` of the poses moved in a round, later ones search no more than the share
+    `rescued` of the particles, those that are explained worst. `near_symmetry` is the least self-correlation of a map
+    that counts as one.
+    """
+
+    settled: float
+    rescued: float
+    near_symmetry: float
 
 
 class Level:
@@ -119,8 +148,7 @@ class Refiner:
 
     `particles` are at the largest box, of which `disc` is the half disc, in the images' units. `shift_spread_px`, in
     pixels of the stored images, is what is believed of the shifts before there are any; None leaves them as they are.
-    A round searches only if more than the share `settled` of the poses moved in the one before. Particles of even and
-    of odd number are the two halves.
+    Particles of even and of odd number are the two halves.
     """
 
     def __init__(
@@ -131,11 +159,11 @@ class Refiner:
         *,
         stored_box: int,
         shift_spread_px: float | None,
-        settled: float,
+        limits: Limits,
         seed: int,
     ) -> None:
         self.particles, self.disc, self.rounds, self.stored_box = particles, disc, rounds, stored_box
-        self._shift_spread_px, self._settled, self._seed = shift_spread_px, settled, seed
+        self._shift_spread_px, self._limits, self._seed = shift_spread_px, limits, seed
         self._half = (particles.particle_id % 2).to(disc.radius.device)
 
     def run(self, state: Refined) -> Iterator[Refined]:
@@ -146,9 +174,9 @@ class Refiner:
             if level is None or level.disc.box != plan.box:
                 level = Level(self.particles, self.disc, plan.box)
                 state = replace(state, maps=self._maps(level, state.table))
-            if state.moved <= self._settled:
-                plan = replace(plan, search_radius=None)
-            state = self._round(level, plan, state)
+            if state.moved <= self._limits.settled:
+                plan = replace(plan, searched=min(plan.searched, self._limits.rescued))
+            state = self._registers(level, plan, state) if plan.registers else self._round(level, plan, state)
             yield state
 
     def with_maps(self, state: Refined) -> Refined:
@@ -157,11 +185,14 @@ class Refiner:
         return replace(state, maps=self._maps(level, state.table))
 
     @torch.no_grad()
-    def _maps(self, level: Level, table: PoseTable) -> Maps:
+    def _maps(self, level: Level, table: PoseTable, group: Float[Tensor, "g 3 3"] | None = None) -> Maps:
+        """Maps of the particles at their present poses, or at all those that a group makes of them."""
         reconstruction, scale = Reconstruction(level.disc), level.disc.box / self.stored_box
+        group = torch.eye(3)[None].to(table.rotation) if group is None else group
         for rows, images in level.chunks():
-            poses = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-            reconstruction.insert(images, poses, self._half[rows])
+            for element in group:
+                poses = Matches(table.rotation[rows] @ element, table.shift_px[rows] * scale, table.energy[rows])
+                reconstruction.insert(images, poses, self._half[rows])
         return reconstruction.maps()
 
     @torch.no_grad()
@@ -169,22 +200,54 @@ class Refiner:
         """Poses of all particles against the state's map, then the maps of these poses."""
         assert state.maps is not None
         table, scale = state.table, plan.box / self.stored_box
-        whole = make_reference(state.maps.joint, level.disc, self._penalty(state, scale), level.weight)
-        reference = whole.within(_reach(state.maps.half_fsc))
-        search = None if plan.search_radius is None else _Search(reference, plan.search_radius, self._seed, state.done)
+        reference = self._reference(level, state, state.maps)
+        search = _Search(reference, plan.search_radius, self._seed, state.done) if plan.searched > 0 else None
+        least = _least_energy(table.energy, plan.searched)
         reconstruction, parts = Reconstruction(level.disc), []
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
             found = refine_poses(reference, images.at(reference.index), before, plan.steps)
-            if search is not None:
-                found = found.or_better(search.find(images, before.shift_px))
+            lost = (before.energy >= least).nonzero()[:, 0]
+            if search is not None and len(lost):
+                better = found.take(lost).or_better(search.find(images.take(lost), before.shift_px[lost]))
+                found = found.replaced(lost, better)
             reconstruction.insert(images, found, self._half[rows])
             parts.append(found)
         found = Matches.concatenate(parts)
         new = PoseTable(found.rotation, found.shift_px / scale, found.energy / reference.weight.sum())
         moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
         moved, energy = _means(moved, new.energy)
-        return Refined(state.done + 1, new, reconstruction.maps(), moved, energy)
+        return replace(state, done=state.done + 1, table=new, maps=reconstruction.maps(), moved=moved, energy=energy)
+
+    @torch.no_grad()
+    def _registers(self, level: Level, plan: Round, state: Refined) -> Refined:
+        """Poses modulo a near-symmetry of the map, then all registers together; nothing where there is none."""
+        assert state.maps is not None
+        near = find_near_symmetry(state.maps.joint, self._limits.near_symmetry)
+        if near is None:
+            return replace(state, done=state.done + 1)
+        done, correlation, searched = state.done + 1, near.correlation, replace(plan, searched=1.0, registers=False)
+        for _ in range(_SYMMETRIC_ROUNDS):
+            maps = self._maps(level, state.table, near.rotations)
+            near = find_near_symmetry(maps.joint, self._limits.near_symmetry) or near
+            state = self._round(level, searched, replace(state, maps=maps))
+        table, scale = state.table, plan.box / self.stored_box
+        register, energy = solve_registers(
+            level.chunks,
+            table.rotation,
+            table.shift_px * scale,
+            near.rotations,
+            lambda: Reconstruction(level.disc),
+            lambda maps: self._reference(level, state, maps),
+            self._seed,
+        )
+        table = replace(table, rotation=table.rotation @ near.rotations[register])
+        return Refined(done, table, self._maps(level, table), 1.0, energy, near.order, correlation)
+
+    def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
+        penalty = self._penalty(state, level.disc.box / self.stored_box)
+        whole = make_reference(maps.joint, level.disc, penalty, level.weight)
+        return whole.within(_reach(maps.half_fsc))
 
     def _penalty(self, state: Refined, scale: float) -> float | None:
         """Weight of a squared shift in pixels of a round's box, from the spread of the present ones.
@@ -197,6 +260,14 @@ class Refiner:
         if state.done:
             spread = _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5
         return min(1.0, state.energy) / max(spread * scale, _SMALLEST_SPREAD_PX) ** 2
+
+
+def _least_energy(energy: Float[Tensor, " n"], share: float) -> float:
+    """What the given share of the energies reaches; none does for a share of 0."""
+    if share <= 0:
+        return float("inf")
+    rank = min(len(energy) - 1, int((1 - share) * len(energy)))
+    return float(energy.sort().values[rank])
 
 
 def _reach(half_fsc: Float[Tensor, " s"]) -> float:

@@ -38,7 +38,9 @@ def model(volume: np.ndarray, rotation: torch.Tensor, shift: torch.Tensor) -> tu
     found = np.empty(COUNT, np.float32), np.empty((COUNT, 5), np.float32), np.empty((COUNT, 5, 5), np.float32)
     weight = (DISC.weight * (1 + DISC.radius)).numpy()
     views = Views(images.numpy(), contrast.numpy(), of.numpy())
-    normal_equations(volume, GRID, weight, views, rotation.contiguous().numpy(), shift.contiguous().numpy(), Model(*found))
+    normal_equations(
+        volume, GRID, weight, views, rotation.contiguous().numpy(), shift.contiguous().numpy(), Model(*found)
+    )
     return found
 
 
@@ -95,7 +97,7 @@ def test_gradient_is_minus_half_the_slope_of_the_energy(parameter: int) -> None:
 def test_normal_matrix_is_the_gauss_newton_curvature() -> None:
     """On its own slice the energy of a pose is zero and grows as d^T (J^T W J) d."""
     volume = transform(smooth=True)
-    images, contrast, of, rotation, shift = drawn()
+    *_, rotation, shift = drawn()
     slices = np.empty((COUNT, len(DISC)), np.complex64)
     sample_slices(volume, GRID, rotation.numpy(), slices)
     angle = -2 * np.pi / BOX * (shift @ DISC.frequency.T).numpy()

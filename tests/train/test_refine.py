@@ -13,10 +13,11 @@ from aceray.metrics.fsc import fourier_shell_correlation, fsc_area, half_ball
 from aceray.train.energy import Images, Matches
 from aceray.train.predict import Particles
 from aceray.train.reconstruct import Reconstruction, damped
-from aceray.train.refine import Level, PoseTable, Refined, Refiner, Round
+from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Round
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, projections
 
 DISC = HalfDisc(BOX)
+NEVER = Limits(settled=0.0, rescued=0.0, near_symmetry=1.0)
 
 
 def rough(rotation: torch.Tensor, shift: torch.Tensor, wrong: int = 0) -> Refined:
@@ -30,7 +31,7 @@ def rough(rotation: torch.Tensor, shift: torch.Tensor, wrong: int = 0) -> Refine
 
 
 def refiner(particles: Particles, rounds: list[Round], **changes) -> Refiner:
-    given = {"stored_box": BOX, "shift_spread_px": 1.0, "settled": 0.0, "seed": 5} | changes
+    given = {"stored_box": BOX, "shift_spread_px": 1.0, "limits": NEVER, "seed": 5} | changes
     return Refiner(particles, HalfDisc(BOX), rounds, **given)
 
 
@@ -46,7 +47,7 @@ def particles_and_poses(count: int, noise: float = 0.1) -> tuple[Particles, torc
 def test_rounds_lower_the_errors_and_tell_true_from_mirrored() -> None:
     particles, rotation, shift = particles_and_poses(600)
     start = rough(rotation, shift)
-    done = list(refiner(particles, [Round(BOX, None, 3)] * 3).run(start))
+    done = list(refiner(particles, [Round(BOX, 3)] * 3).run(start))
     assert [state.done for state in done] == [1, 2, 3]
     assert float(error(done[-1], rotation).median()) < 0.2 * float(error(start, rotation).median())
     off = (done[-1].table.shift_px - shift).square().sum(-1)
@@ -62,10 +63,19 @@ def test_search_brings_lost_poses_back_and_local_rounds_do_not() -> None:
     particles, rotation, shift = particles_and_poses(400)
     start = rough(rotation, shift, wrong=80)
     lost = {}
-    for name, radius in (("local", None), ("search", 5.0)):
-        *_, last = refiner(particles, [Round(BOX, radius, 3)] * 2).run(start)
+    for name, searched in (("local", 0.0), ("search", 1.0)):
+        *_, last = refiner(particles, [Round(BOX, 3, 5.0, searched)] * 2).run(start)
         lost[name] = float((error(last, rotation)[:80] > 0.5).float().mean())
     assert lost["local"] > 0.6 and lost["search"] < 0.15
+
+
+def test_the_worst_explained_are_searched_alone() -> None:
+    particles, rotation, shift = particles_and_poses(400)
+    start = rough(rotation, shift, wrong=30)
+    first, *_ = refiner(particles, [Round(BOX, 3)]).run(start)
+    *_, last = refiner(particles, [Round(BOX, 3, 5.0, 0.1)]).run(replace(first, done=0))
+    before, after = error(first, rotation), error(last, rotation)
+    assert float((before[:30] > 0.5).float().mean()) > 0.6 and float((after[:30] > 0.5).float().mean()) < 0.2
 
 
 def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,18 +87,18 @@ def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> Non
         return random_rotations(50, named_generator("tests/refine/grid", *key))
 
     monkeypatch.setattr("aceray.train.refine.turned_grid", counted)
-    plan = [Round(BOX, 4.0, 2)] * 3
-    list(refiner(particles, plan, settled=1.0).run(rough(rotation, shift)))
+    plan = [Round(BOX, 2, 4.0, 1.0)] * 3
+    list(refiner(particles, plan, limits=replace(NEVER, settled=1.0)).run(rough(rotation, shift)))
     assert turns == []
-    list(refiner(particles, plan, settled=0.5).run(rough(rotation, shift)))
+    list(refiner(particles, plan, limits=replace(NEVER, settled=0.5)).run(rough(rotation, shift)))
     assert turns == [(5, 0)]
-    list(refiner(particles, plan, settled=-1.0).run(rough(rotation, shift)))
+    list(refiner(particles, plan, limits=replace(NEVER, settled=-1.0)).run(rough(rotation, shift)))
     assert turns[1:] == [(5, 0), (5, 1), (5, 2)]
 
 
 def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
     particles, rotation, shift = particles_and_poses(150)
-    source = refiner(particles, [Round(BOX, 5.0, 2), Round(BOX, None, 2), Round(BOX, None, 2)])
+    source = refiner(particles, [Round(BOX, 2, 5.0, 1.0), Round(BOX, 2), Round(BOX, 2)])
     states = list(source.run(rough(rotation, shift)))
     *_, again = source.run(replace(states[0], maps=None))
     assert_close(again.table.rotation, states[-1].table.rotation, rtol=0, atol=0)
@@ -98,7 +108,7 @@ def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
 def test_without_a_spread_shifts_stay() -> None:
     particles, rotation, shift = particles_and_poses(60)
     start = rough(rotation, shift)
-    *_, last = refiner(particles, [Round(BOX, 4.0, 2)], shift_spread_px=None).run(start)
+    *_, last = refiner(particles, [Round(BOX, 2, 4.0, 1.0)], shift_spread_px=None).run(start)
     assert_close(last.table.shift_px, start.table.shift_px, rtol=0, atol=1e-6)
 
 
@@ -122,7 +132,7 @@ def test_a_coarser_level_has_the_cropped_images_and_their_contrast() -> None:
 def test_rounds_of_growing_boxes_scale_the_shifts() -> None:
     particles, rotation, shift = particles_and_poses(400)
     start = rough(rotation, shift)
-    states = list(refiner(particles, [Round(10, None, 3), Round(BOX, None, 3)]).run(start))
+    states = list(refiner(particles, [Round(10, 3), Round(BOX, 3)]).run(start))
     assert states[0].maps.joint.shape == (10, 10, 10)  # type: ignore[union-attr]
     coarse = fourier_shell_correlation(states[0].maps.joint, crop_volume(chiral_volume(), 10))  # type: ignore[union-attr]
     assert float(coarse[1:4].min()) > 0.9

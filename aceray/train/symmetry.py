@@ -1,0 +1,226 @@
+"""Molecules that nearly have a symmetry: each image's register, found for all images together.
+
+A map of a nearly n-fold molecule has n poses for each image that differ little. Which one an image took is a register;
+wrong registers are consistent with one another, so no image leaves its own alone, however well it is searched. They are
+solved jointly: poses modulo the symmetry first, against the symmetrised map, then all registers at once by expectation
+maximisation from random ones, at low resolution and with a falling temperature.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from aceray.em.fourier import crop_volume
+from aceray.em.projection import padded_transform, sample_transform
+from aceray.em.random import named_generator
+from aceray.em.rotation import rotation_from_vector, rotation_sqfrob
+from aceray.metrics.coverage import rotation_grid
+from aceray.metrics.fsc import HalfBall, half_ball, shell_sum
+from aceray.train.energy import Images, Matches, Reference, refine_poses
+from aceray.train.reconstruct import Maps, Reconstruction
+from aceray.train.statistics import sum_over_workers
+
+_RADIUS = 8  # cycles per box
+_NSIDE, _TURNS = 4, 32
+_PEAKS, _PEAK_DISTANCE_SQFROB = 6, 1.0  # 41 degrees
+_STEPS, _STEP_RADIANS = 25, 0.03
+_LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
+_SUBGROUP_MARGIN = 0.05
+_ITERATIONS, _RESTARTS, _CONFIRMED = 10, 8, 0.9
+_FIRST_RADIUS = 6.0
+_FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.5, 0.02  # of the standard deviation of the energies' differences
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class NearSymmetry:
+    """A cyclic group under which a map nearly stays itself: its rotations, identity first, and the correlation."""
+
+    rotations: Float[Tensor, "n 3 3"]
+    correlation: float
+
+    @property
+    def order(self) -> int:
+        return len(self.rotations)
+
+
+def self_correlation(volume: Float[Tensor, "d d d"], radius: int = _RADIUS) -> Callable[[Tensor], Tensor]:
+    """Correlation of a map with itself turned, for rotations (b, 3, 3), on shells 1 to `radius`.
+
+    Shells count by the root of their power: unweighted, the innermost ones alone would decide.
+    """
+    box = min(volume.shape[-1], 4 * radius)
+    small = crop_volume(volume.float(), box)
+    ball = half_ball(box, volume.device)
+    ball = ball.take(((ball.shell >= 1) & (ball.shell <= radius)).nonzero()[:, 0])
+    transform = padded_transform(small)
+    still = sample_transform(transform, ball.frequency, box)
+    weight = _equaliser(still, ball)
+    power = (weight * _squared(still)).sum()
+
+    def correlation(rotation: Tensor) -> Tensor:
+        turned = sample_transform(transform, ball.frequency @ rotation, box)
+        overlap = (weight * (turned * still.conj()).real).sum(-1)
+        return overlap / ((weight * _squared(turned)).sum(-1) * power).clamp_min(1e-30).sqrt()
+
+    return correlation
+
+
+def _equaliser(coefficients: Complex[Tensor, " p"], ball: HalfBall) -> Float[Tensor, " p"]:
+    power = shell_sum(_squared(coefficients), ball) / shell_sum(torch.ones_like(coefficients.real), ball).clamp_min(1)
+    return ball.weight * power.clamp_min(1e-30).rsqrt()[ball.shell].float()
+
+
+def _squared(values: Complex[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
+    return torch.view_as_real(values).square().sum(-1)
+
+
+def find_near_symmetry(volume: Float[Tensor, "d d d"], least: float) -> NearSymmetry | None:
+    """The cyclic group of order 2 to 6 with the highest correlation of at least `least`, if there is one."""
+    correlation = self_correlation(volume)
+    found = []
+    for rotation, value in _peaks(correlation, volume.device):
+        group = cyclic_group(rotation)
+        if value >= least and group is not None:
+            found.append(NearSymmetry(group, float(correlation(group[1:]).mean())))
+    # a group's subgroups correlate as well as it does
+    best = max((each.correlation for each in found), default=0.0)
+    close = [each for each in found if each.correlation > best - _SUBGROUP_MARGIN]
+    return max(close, key=lambda each: each.order, default=None)
+
+
+def _peaks(correlation: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[tuple[Tensor, float]]:
+    """Rotations far from the identity, and from one another, at which a map is most like itself."""
+    grid = rotation_grid(_NSIDE, _TURNS).float().to(device)
+    score = torch.cat([correlation(part) for part in grid.split(_BATCH)])
+    score[rotation_sqfrob(grid, torch.eye(3).to(grid).expand_as(grid)) < _PEAK_DISTANCE_SQFROB] = -torch.inf
+    for _ in range(_PEAKS):
+        best = int(score.argmax())
+        if not math.isfinite(float(score[best])):
+            return
+        score[rotation_sqfrob(grid, grid[best].expand_as(grid)) < _PEAK_DISTANCE_SQFROB] = -torch.inf
+        rotation, height = _climbed(correlation, grid[best])
+        if rotation_sqfrob(rotation, torch.eye(3).to(rotation)) > _PEAK_DISTANCE_SQFROB:
+            yield rotation, height
+
+
+def _climbed(correlation: Callable[[Tensor], Tensor], start: Float[Tensor, "3 3"]) -> tuple[Tensor, float]:
+    """The maximum next to a rotation, and its height."""
+    with torch.enable_grad():
+        vector = torch.zeros(1, 3, device=start.device, requires_grad=True)
+        ascent = torch.optim.Adam([vector], lr=_STEP_RADIANS)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(ascent, _STEPS)
+        for _ in range(_STEPS):
+            ascent.zero_grad()
+            (-correlation(rotation_from_vector(vector) @ start)).sum().backward()
+            ascent.step()
+            falling.step()
+    rotation = rotation_from_vector(vector.detach())[0] @ start
+    return rotation, float(correlation(rotation[None]))
+
+
+def cyclic_group(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"] | None:
+    """The n turns about a rotation's axis if its angle is that of one step of n, n from 2 to 6; otherwise None."""
+    angle = math.degrees(math.acos(max(-1.0, min(1.0, (float(rotation.trace()) - 1) / 2))))
+    order = round(360 / max(angle, 1.0))
+    if not 2 <= order <= _LARGEST_ORDER or abs(360 / order - angle) > _ORDER_TOLERANCE_DEG:
+        return None
+    # the axis is what the rotation leaves: near half a turn the antisymmetric part no longer tells it
+    _, vectors = torch.linalg.eigh((rotation + rotation.T) / 2)
+    axis = normalize(vectors[:, -1], dim=0)
+    turns = 2 * math.pi / order * torch.arange(order, device=rotation.device)
+    return rotation_from_vector(turns[:, None] * axis)
+
+
+def solve_registers(
+    chunks: Callable[[], Iterator[tuple[Int[Tensor, " b"], Images]]],
+    rotation: Float[Tensor, "n 3 3"],
+    shift_px: Float[Tensor, "n 2"],
+    group: Float[Tensor, "g 3 3"],
+    new_map: Callable[[], Reconstruction],
+    reference_of: Callable[[Maps], Reference],
+    seed: int,
+) -> tuple[Int[Tensor, " n"], float]:
+    """Which element of the group each image's rotation is to be multiplied with, and the mean energy left.
+
+    The best of several restarts from random registers, of which about half find the least energy; one that agrees with
+    the best so far is the last. `chunks` gives the images, `new_map` an empty reconstruction,
+    `reference_of` what images are compared with.
+    """
+    count, order = len(rotation), len(group)
+    best: tuple[Tensor, float] | None = None
+    for restart in range(_RESTARTS):
+        generator = named_generator("symmetry/registers", seed, restart)
+        start = torch.randint(order, (count,), generator=generator).to(rotation.device)
+        share = torch.nn.functional.one_hot(start, order).float()
+        energy = torch.inf
+        for iteration in range(_ITERATIONS):
+            done = iteration / (_ITERATIONS - 1)
+            reconstruction = new_map()
+            for rows, images in chunks():
+                _insert(reconstruction, images, rotation[rows], shift_px[rows], group, share[rows])
+            radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
+            reference = reference_of(reconstruction.maps()).within(radius)
+            energies = torch.cat(
+                [_energies(reference, images, rotation[rows], shift_px[rows], group) for rows, images in chunks()]
+            )
+            temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
+            energy, share = _shares(energies, temperature)
+        register = share.argmax(dim=1)
+        confirmed = best is not None and _agreement(register, best[0], order) > _CONFIRMED
+        if best is None or energy < best[1]:
+            best = register, energy
+        if confirmed:
+            break
+    assert best is not None
+    return best
+
+
+def _agreement(register: Int[Tensor, " n"], other: Int[Tensor, " n"], order: int) -> float:
+    """Share of the images of all workers in the same register, but for one turn of all of them."""
+    counts = torch.bincount((register - other) % order, minlength=order).double()
+    counts = sum_over_workers(counts)
+    return float(counts.max() / counts.sum())
+
+
+def _shares(energies: Float[Tensor, "n g"], temperature: float) -> tuple[float, Float[Tensor, "n g"]]:
+    """Mean of the least energies of all workers, and how much of each image belongs to each register."""
+    least = energies.min(dim=1).values
+    above = energies - least[:, None]
+    sums = torch.stack([above.sum(), above.square().sum(), least.sum(), torch.tensor(float(len(least))).to(least)])
+    total, squared, lowest, count = sum_over_workers(sums.double()).tolist()
+    entries = count * energies.shape[1]
+    spread = math.sqrt(max(squared / entries - (total / entries) ** 2, 1e-30))
+    return lowest / count, torch.softmax(-above / (temperature * spread), dim=1)
+
+
+def _insert(
+    reconstruction: Reconstruction, images: Images, rotation: Tensor, shift_px: Tensor, group: Tensor, share: Tensor
+) -> None:
+    """Add every image at all its registers, each by its share; the halves are of no account."""
+    transfer = torch.ones_like(images.coefficients.real) if images.transfer is None else images.transfer
+    for number, element in enumerate(group):
+        rows = (share[:, number] > 1e-3).nonzero()[:, 0]
+        root = share[rows, number, None].sqrt()
+        part = Images(images.coefficients[rows] * root, transfer[rows] * root)
+        poses = Matches(rotation[rows] @ element, shift_px[rows], root[:, 0])
+        reconstruction.insert(part, poses, rows % 2)
+
+
+def _energies(
+    reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, group: Tensor
+) -> Float[Tensor, "b g"]:
+    order = len(group)
+    poses = Matches(
+        (rotation[:, None] @ group).flatten(0, 1),
+        shift_px.repeat_interleave(order, 0),
+        torch.zeros(order * len(rotation)).to(rotation),
+    )
+    rows = torch.arange(len(rotation), device=rotation.device).repeat_interleave(order)
+    found = refine_poses(reference, images.at(reference.index), poses, 0, rows)
+    return found.energy.unflatten(0, (-1, order))
