@@ -76,7 +76,7 @@ def test_registers_are_solved_together_up_to_a_common_turn() -> None:
     count, order = 500, 3
     disc, generator = HalfDisc(BOX), named_generator("tests/symmetry/registers")
     rotation = random_rotations(count, generator)
-    clean = central_slice(padded_transform(cloud(order, odd=0.6)), rotation, disc)
+    clean = central_slice(padded_transform(cloud(order, odd=1.5)), rotation, disc)
     noisy = clean + 0.2 * clean.abs().square().mean().sqrt() * torch.randn(
         clean.shape, dtype=clean.dtype, generator=generator
     )
