@@ -276,6 +276,8 @@ def test_the_leaderboard_is_what_mlflow_holds(
     ids, experiments = (json.loads(text) for text in re.findall(r"=([^&)]*)", unquote(link)))
     assert link.startswith("[Compare the trials](#/compare-runs?runs=")
     assert (ids, experiments) == (compared, [parent.info.experiment_id])
+    training = f"[All runs](#/experiments/{parent.info.experiment_id}?workflowType=machine_learning)"
+    assert training in parent.data.tags["mlflow.note.content"]
 
 
 def test_runs_name_their_presets_and_parents_hold_the_figures(make: Make, client: MlflowClient, tmp_path: Path) -> None:
