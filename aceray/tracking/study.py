@@ -191,7 +191,7 @@ class MlflowStudyTracker(StudyTracker):
         best = runs[:MOST_COMPARED]
         query = urlencode({"runs": json.dumps(best), "experiments": json.dumps([self._experiment])}, quote_via=quote)
         title = "Compare the trials" if best == runs else f"Compare the best {len(best)} trials"
-        return f"[{title}](#/compare-runs?{query})\n\n{everything}"
+        return f"[{title}](#/compare-runs?{query}) · {everything}"
 
     def _register(self, run_id: str) -> None:
         from mlflow.exceptions import MlflowException
