@@ -1,5 +1,7 @@
 """The command line: parse, call `aceray.api`, print, and turn errors into exit codes. Nothing else."""
 
+import atexit
+import os
 import shlex
 import sys
 from collections import Counter
@@ -39,7 +41,20 @@ Settings = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _leave_at_once(INTERRUPTED)
+        raise
+
+
+def _leave_at_once(code: int) -> None:
+    """End without the interpreter's own clean-up, which takes seconds on a busy machine; all contexts are closed."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _version(asked: bool) -> bool:

@@ -339,7 +339,7 @@ class Resources(Model):
     gpu: bool | None = Field(None, description="one GPU for each worker; null: if there is one")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each worker")
     address: str | None = Field(
-        None, description="address of a running Ray cluster (auto, ray://...); null: a local one"
+        None, description="address of a running Ray cluster (auto, HOST:PORT); null: a local one"
     )
 
 

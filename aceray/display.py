@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,11 @@ from rich.markdown import Markdown, TableElement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from aceray.leaderboard import label, number_text
+
+# beside the objective
+METRICS_OF_A_TRIAL = ("fsc/resolution_px_0.5", "pose/rotation_sqfrob_mean")
 
 Shown = TypeVar("Shown", bound="_Display")
 
@@ -102,11 +107,14 @@ class StudyDisplay(_Display):
         self.live.update(self._table())
 
     def _table(self) -> Group:
-        heads = ("trial", "status", "step", self.metric, "FSC px", "rotation error", "particles/s", "time left")
+        if not self.rows:
+            return Group(self.head)
+        metrics = list(dict.fromkeys([self.metric, *METRICS_OF_A_TRIAL]))
+        heads = ("trial", "status", "step", *map(label, metrics), "particles/s", "time left")
         table = Table(*heads, box=None, pad_edge=False)
         rows = sorted(self.rows.values(), key=lambda row: row.status == "running")
-        for row in rows[-max(1, self.console.height - 4) :]:
-            table.add_row(*row.cells())
+        for row in rows[-max(1, self.console.height - 6) :]:
+            table.add_row(*row.cells(metrics))
         return Group(self.head, table)
 
 
@@ -133,7 +141,7 @@ class TrialRow:
     def __init__(self, name: str) -> None:
         self.name, self.status, self.reason = name, "", ""
         self.step, self.steps, self.since, self.seconds_a_step = 0, 0, time.monotonic(), 0.0
-        self.objective, self.metrics, self.speed = "", {}, 0.0
+        self.metrics, self.speed = {}, 0.0
 
     def take(self, event: Any, metric: str) -> str:
         """Take an event over; returns the line that tells it, empty when it says nothing new."""
@@ -148,31 +156,22 @@ class TrialRow:
             self.seconds_a_step = (now - self.since) / (report.step - self.step)
         self.step, self.steps, self.since = report.step, report.steps, now
         self.metrics, self.speed = report.metrics, report.particles_per_second
-        value = report.metrics.get(metric)
-        self.objective = "" if value is None else f"{value:.4g}"
-        numbers = f"{metric} {self.objective}  {_short(report.metrics)}"
-        return f"{self.name}  {self.status}  step {self.step:6d} of {self.steps}  {numbers}"
+        return f"{self.name}  {self.status}  step {self.step:6d} of {self.steps}  {_short(report.metrics, metric)}"
 
-    def cells(self) -> list[str]:
-        """Texts of a row."""
-        texts = [_text(self.metrics, "fsc/resolution_px_0.5", "{:.2f}")]
-        texts.append(_text(self.metrics, "pose/rotation_sqfrob_mean", "{:.3f}"))
+    def cells(self, metrics: Sequence[str]) -> list[str]:
+        """Texts of a row with these metrics."""
+        texts = [_text(self.metrics, metric) for metric in metrics]
         left = self.seconds_a_step * (self.steps - self.step) if self.status == "running" else 0.0
         texts += [f"{self.speed:,.0f}" if self.speed else "", f"{int(left) // 60}:{int(left) % 60:02d}" if left else ""]
         step = f"{self.step}/{self.steps}" if self.steps else ""
-        return [self.name, self.status, step, self.objective, *texts]
+        return [self.name, self.status, step, *texts]
 
 
-def _text(metrics: Mapping[str, float], key: str, form: str) -> str:
-    return "" if (value := metrics.get(key)) is None else form.format(value)
+def _text(metrics: Mapping[str, float], key: str) -> str:
+    return "" if (value := metrics.get(key)) is None else number_text(value)
 
 
-def _short(metrics: Mapping[str, float]) -> str:
-    """The figures that tell how far a reconstruction is, those that the evaluation could measure."""
-    parts = [
-        ("fsc/resolution_px_0.5", "FSC 0.5 at {:.2f} px"),
-        ("pose/rotation_sqfrob_median", "rotation error median {:.3f}"),
-        ("pose/coverage", "coverage {:.2f}"),
-        ("refine/moved", "{:.1%} of the poses moved"),
-    ]
-    return "  ".join(text.format(metrics[key]) for key, text in parts if metrics.get(key) is not None)
+def _short(metrics: Mapping[str, float], first: str = "") -> str:
+    """The figures that tell how far a reconstruction is, those that the evaluation could measure; one before them."""
+    keys = [first, "fsc/resolution_px_0.5", "pose/rotation_sqfrob_median", "pose/coverage", "refine/moved"]
+    return "  ".join(f"{label(key)} {_text(metrics, key)}" for key in dict.fromkeys(keys) if _text(metrics, key))

@@ -26,6 +26,8 @@ LABELS = {
     "pose/fraction_below_half": "rotation errors below 0.5 (share)",
     "pose/shift_sq_px_mean": "shift error, mean square (px²)",
     "pose/coverage": "view coverage (share)",
+    "refine/moved": "poses moved (share)",
+    "refine/energy": "unexplained after refinement (share)",
     "train/steps": "steps",
     "train/wall_seconds": "wall time (s)",
 }
@@ -37,7 +39,7 @@ SHOWN = (
     "train/steps",
 )
 TRUE_CRITERIA = ("pose/rotation_sqfrob_mean", "fsc/auc")
-LABEL_FREE = ("select/", "train/loss_", "pose/coverage", "pose/view_entropy")
+LABEL_FREE = ("select/", "refine/energy", "refine/half_map_resolution_px", "train/loss_", "pose/coverage", "pose/view_entropy")
 FEWEST_FOR_CORRELATION = 8
 _FEWEST_OF_A_SET = 4
 _LARGER_IS_BETTER = ("_below_half", "_area", "_agreement")

@@ -100,6 +100,15 @@ def open_comparison(driver: Any, server: str, run_id: str) -> None:
         button.click()
 
 
+def open_all_runs(driver: Any) -> None:
+    """From the page of a study's run by its link to the table of all runs, in MLflow's mode for training."""
+    driver.switch_to.window(driver.window_handles[0])
+    there(driver, "link text", "All runs").click()
+    until(driver, lambda: len(driver.window_handles) == 3)
+    driver.switch_to.window(driver.window_handles[2])
+    until(driver, lambda: "/runs?" in driver.current_url)
+
+
 def show_metric(driver: Any, metric: str) -> None:
     """Draw that metric, alone, and no axis of the runs' names."""
     from selenium.webdriver.common.keys import Keys

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from aceray import api, cli
 from aceray.config import Config
-from aceray.display import Page, TrialRow
+from aceray.display import Page, StudyDisplay, TrialRow
 from aceray.distributed.trial import Report, TrialEvent
 from aceray.errors import DataError
 from aceray.presets import load_config, to_yaml
@@ -80,7 +81,7 @@ def test_train_passes_settings_and_prints_the_result(tmp_path: Path, monkeypatch
     assert f"volume       {tmp_path / 'volume.mrc'}" in done.stdout
     assert "mlflow ui --backend-store-uri sqlite:///here.db\n" in done.stdout
     assert "http://127.0.0.1:5000/#/runs/abc123\n" in done.stdout
-    assert "step      2 of 2  FSC 0.5 at 2.3" in done.stderr
+    assert "step      2 of 2  resolution, FSC 0.5 (px) 2.3" in done.stderr
 
 
 def test_simulate_passes_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +215,12 @@ def test_unknown_key_in_a_fresh_process() -> None:
 
 def test_interrupt_says_how_to_resume() -> None:
     code = """
-import time
+import atexit, time
 from aceray import api, cli
+atexit.register(print, "closed", end="")
 def train(*_):
     print("training", flush=True)
+    print("not flushed")
     time.sleep(60)
 api.train = train
 cli.main()
@@ -227,13 +230,14 @@ cli.main()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
     )
     assert process.stdout is not None and process.stdout.readline() == "training\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    output, errors = process.communicate(timeout=30)
+    # it leaves at once, but not before what was to be done at the end
+    assert (process.returncode, output) == (130, "not flushed\nclosed")
     assert errors.strip().endswith("aceray train demo name=other --existing resume")
     assert "Traceback" not in errors
 
@@ -273,7 +277,7 @@ def test_tune_passes_the_study_and_prints_its_leaderboard(tmp_path: Path, monkey
     first, *lines = done.stderr.splitlines()
     assert first == "simulating: 2,048 of 2,048 particles"
     assert lines[0] == "t0  running" and lines[2] == "t1  failed: a loss is nan"
-    assert lines[1].startswith("t0  running  step     40 of 120  pose/rotation_sqfrob_mean 0.4321")
+    assert lines[1].startswith("t0  running  step     40 of 120  rotation error, mean (of 8) 0.432")
 
 
 def test_a_study_whose_trials_all_failed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +300,26 @@ def test_the_table_of_trials_shows_how_far_each_is() -> None:
     row.since -= 20
     metrics = {"fsc/auc": 0.51234, "fsc/resolution_px_0.5": 4.567, "pose/rotation_sqfrob_mean": 1.2345}
     row.take(TrialEvent("t0", 0, {}, "running", Report(10, 40, metrics, 1234.5)), "fsc/auc")
-    name, status, step, objective, resolution, error, speed, left = row.cells()
-    assert (name, status, step, objective) == ("t0", "running", "10/40", "0.5123")
-    assert (resolution, error, speed) == ("4.57", "1.234", "1,234")
+    name, status, step, objective, resolution, missing, speed, left = row.cells(
+        ["fsc/auc", "fsc/resolution_px_0.5", "select/heldout_loss"]
+    )
+    assert (name, status, step, objective) == ("t0", "running", "10/40", "0.512")
+    assert (resolution, missing, speed) == ("4.57", "", "1,234")
     assert left in ("1:00", "0:59")
+
+
+def test_the_table_of_trials_has_the_words_of_the_leaderboard_and_each_metric_once() -> None:
+    display = StudyDisplay("pose/rotation_sqfrob_mean")
+    display.console = Console(width=200, file=io.StringIO(), color_system=None)
+    assert [type(part) for part in display._table().renderables] == [Text]  # no table without trials
+    metrics = {"pose/rotation_sqfrob_mean": 1.2345, "fsc/resolution_px_0.5": 4.567}
+    display.happened(TrialEvent("t0", 0, {}, "running", Report(10, 40, metrics, 1234.5)))
+    line = "t0  running  step     10 of 40  rotation error, mean (of 8) 1.23  resolution, FSC 0.5 (px) 4.57\n"
+    assert display.console.file.getvalue() == line
+    with display.console.capture() as shown:
+        display.console.print(display._table())
+    heads = shown.get().splitlines()[1]
+    assert [heads.count(label) for label in ("rotation error, mean (of 8)", "resolution, FSC 0.5 (px)")] == [1, 1]
 
 
 def test_a_trial_that_goes_on_after_a_loss_says_so_once() -> None:

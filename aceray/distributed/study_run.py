@@ -182,9 +182,18 @@ def _check_same_study(study: Study, folder: Path) -> None:
     for key, value in now.items():
         if value != before[key]:
             raise ConfigError(
-                f"{key}: is another than in the study in {folder}, so its trials cannot be compared with those to "
-                "come; set it back to resume, or start a new study (name=...)"
+                f"{key}: is another{_news(before[key], value)} than in the study in {folder}, so its trials cannot be "
+                "compared with those to come; set it back to resume, or start a new study (name=...)"
             )
+
+
+def _news(before: Any, now: Any) -> str:
+    """What came to a list and what left it, in brackets."""
+    if not (isinstance(before, list) and isinstance(now, list)):
+        return ""
+    changes = [f"with {each}" for each in now if each not in before]
+    changes += [f"without {each}" for each in before if each not in now]
+    return f" ({', '.join(changes)})" if changes else ""
 
 
 def _fixed(study: Study) -> dict[str, Any]:

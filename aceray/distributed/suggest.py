@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from aceray.distributed.trial import ENDED, Trial, read_notes
 from aceray.em.random import named_generator
+from aceray.folder import RunFolder
 from aceray.study import Dimension, Point, Study, suggested_point
 
 # Rungs that no trial reaches do no harm.
@@ -106,6 +108,45 @@ def _trials_in(storage: optuna.storages.BaseStorage, name: str) -> int:
 # ---- schedulers
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """A trial of an earlier start, as far as a scheduler looks at one."""
+
+    trial_id: str
+
+
+def experienced_scheduler(study: Study, folder: Path) -> TrialScheduler:
+    """The scheduler of a study that may have been run before: it knows what the trials in the folder reported then.
+
+    So a trial that comes now is compared with all that came before. A trial that goes on reports again what comes after
+    its checkpoint; a population goes on whole, and needs no memory.
+    """
+    scheduler = scheduler_of(study)
+    if study.scheduler.kind not in ("asha", "median"):
+        return scheduler
+    controller: Any = None  # neither of them asks it anything here
+    for file in sorted((folder / "trials").glob("*/trial.json")):
+        trial: Any = _Earlier(file.parent.name)
+        for report in _reports(file.parent, study.objective[0].metric):
+            # as the last of an ended trial, which both keep without deciding anything
+            scheduler.on_trial_add(controller, trial)
+            scheduler.on_trial_complete(controller, trial, report)
+    return scheduler
+
+
+def _reports(folder: Path, metric: str) -> list[dict[str, Any]]:
+    """What a trial reported of a metric, by step, up to where it would go on."""
+    notes, rows = read_notes(folder), RunFolder(folder).read_history()
+    if notes.get("status") not in ENDED:
+        runs = [RunFolder(file.parent) for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))]
+        kept = min((max(run.checkpoint_steps(), default=0) for run in runs), default=0)
+        rows = [row for row in rows if row["step"] <= kept]
+    found = {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
+    if rows and notes.get("status") == "finished" and notes["metrics"].get(metric) is not None:
+        found[rows[-1]["step"]] = notes["metrics"][metric]
+    return [{"step": step, metric: value} for step, value in sorted(found.items())]
+
+
 def scheduler_of(study: Study) -> TrialScheduler:
     """The scheduler of Ray Tune that a study asks for; time is counted in training steps."""
     asked = study.scheduler
@@ -121,8 +162,9 @@ def scheduler_of(study: Study) -> TrialScheduler:
                 stop_last_trials=False,
             )
         case "median":
-            # No trial yields to one that waits: it would have to start again.
-            return MedianStoppingRule(**common, grace_period=asked.grace_steps, min_time_slice=_BEYOND_ALL_STEPS)
+            # No trial yields to one that waits: it would have to start again. Only infinity keeps its first turn, too.
+            never: Any = math.inf
+            return MedianStoppingRule(**common, grace_period=asked.grace_steps, min_time_slice=never)
         case "pbt":
             dimensions = {key: study.space[key] for key in asked.mutations}
             return PopulationBasedTraining(

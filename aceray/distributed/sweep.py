@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from aceray.config import Config
 from aceray.distributed.cluster import check_answers, connect, reserve
 from aceray.distributed.shelf import open_shelf
-from aceray.distributed.suggest import MakeTrial, Suggestions, scheduler_of
+from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
 from aceray.distributed.supervisor import known_error
 from aceray.distributed.trial import (
     ENDED,
@@ -174,7 +174,7 @@ def _tuner(
         param_space={} if suggestions else _population(study, list(follower.trials.values())),
         tune_config=tune.TuneConfig(
             search_alg=suggestions,
-            scheduler=scheduler_of(study),
+            scheduler=experienced_scheduler(study, folder),
             num_samples=count if suggestions else 1,
             # A population takes turns on what there is: all of it must have begun.
             max_concurrent_trials=None if changing else place.at_once,

@@ -233,7 +233,8 @@ def _evaluations(config: Config, read_stack: ReadStack | None) -> Generator[Prog
             return
     with contextlib.closing(run_steps(config, "resume" if begun else "error", read_stack, _untracked)) as steps:
         for event in steps:
-            if event.metrics and event.step < event.steps:
+            # rounds of refinement are no place to compare trials that still train
+            if event.metrics and event.step < config.train.steps:
                 yield event
 
 

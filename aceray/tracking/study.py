@@ -173,21 +173,25 @@ class MlflowStudyTracker(StudyTracker):
         The version is the trial's plain files, its run's artifacts; nothing is pickled.
         """
         found = [run_id for name in ranked if (run_id := self._known.get(name)) is not None]
-        self._parent.keep(paths, _shortened(self._link_to_comparison(found) + note))
+        self._parent.keep(paths, _shortened(self._links(found) + note))
         if found and found[0] == self._known.get(ranked[0]):
             try:
                 self._register(found[0])
             except Exception as error:
                 _log.warning("MLflow: the best trial could not be registered (%s)", first_line(error))
 
-    def _link_to_comparison(self, runs: list[str]) -> str:
-        """A link from the parent's page to the comparison of the trials, which the list of runs folds away."""
+    def _links(self, runs: list[str]) -> str:
+        """From the parent's page to the comparison of the trials, and to all runs in the mode for training.
+
+        The list of runs folds the trials away, and MLflow opens an experiment in its mode for language models.
+        """
+        everything = f"[All runs](#/experiments/{self._experiment}?workflowType=machine_learning)\n\n"
         if len(runs) < 2:
-            return ""
+            return everything
         best = runs[:MOST_COMPARED]
         query = urlencode({"runs": json.dumps(best), "experiments": json.dumps([self._experiment])}, quote_via=quote)
         title = "Compare the trials" if best == runs else f"Compare the best {len(best)} trials"
-        return f"[{title}](#/compare-runs?{query})\n\n"
+        return f"[{title}](#/compare-runs?{query}) · {everything}"
 
     def _register(self, run_id: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -4,12 +4,14 @@ Slow: each starts a Ray or two. What a process left is found by its children, wh
 """
 
 import contextlib
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,12 @@ def write(tmp_path: Path, particle_set: ParticleSet) -> Write:
 class Driver:
     """`aceray tune s.yaml` in a process of its own, and all processes that it started."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, study: str = "s.yaml") -> None:
         # files, not pipes: those who inherit them would keep pipes open
         self.out, self.err = folder / "out.txt", folder / "err.txt"
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", CLI, "tune", "s.yaml", *arguments],
+                [sys.executable, "-c", CLI, "tune", study, *arguments],
                 cwd=folder,
                 env=ENVIRONMENT,
                 stdout=out,
@@ -61,13 +63,15 @@ class Driver:
             )
         self._below: set[psutil.Process] = set()
 
-    def wait_for(self, condition: Callable[[], bool], timeout_seconds: float = 200.0) -> None:
+    def wait_for(
+        self, condition: Callable[[], bool], timeout_seconds: float = 200.0, every_seconds: float = 0.05
+    ) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             assert self.process.poll() is None, self.err.read_text()
             assert time.monotonic() < deadline
             self.note_processes()
-            time.sleep(0.05)
+            time.sleep(every_seconds)
 
     def note_processes(self) -> None:
         self._below |= set(psutil.Process(self.process.pid).children(recursive=True))
@@ -262,6 +266,80 @@ def test_a_node_that_is_lost_costs_no_trial(write: Write, tmp_path: Path, start_
         assert [row["step"] for row in rows_of(study, name)] == list(range(1, 1501))
     assert rows_of(study, lost)[:50] == before  # its speed, too: it went on from a checkpoint
     nodes.await_free(2.0)
+
+
+# The shipped study at half of its steps, the rungs of its scheduler with them.
+SHIPPED = (
+    "train.steps=600",
+    "train.evaluate_every=100",
+    "train.checkpoint_every=100",
+    "scheduler.grace_steps=300",
+    "resources.gpu=false",
+)
+
+
+@pytest.mark.timeout(5400)
+def test_the_shipped_study_of_schedules_outlives_a_node(
+    tmp_path: Path, start_nodes: Callable[[int], Nodes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """27 trials under ASHA on three nodes, one of which is gone at once in the middle; half an hour on two cores."""
+    nodes, study = start_nodes(3), tmp_path / "studies" / "pip_schedule"
+    database, started = tmp_path / "ml.db", time.monotonic()
+    tracked = f"tracking.uri=sqlite:///{database}"
+    driver = Driver(tmp_path, *SHIPPED, tracked, "--address", nodes.address, study="pip_schedule")
+
+    def half_are_done() -> bool:
+        return sum(notes["status"] in ("finished", "stopped") for notes in notes_of(study).values()) >= 13
+
+    driver.wait_for(half_are_done, 3600, every_seconds=2.0)
+    # between two checkpoints, so that there is something to lose
+    driver.wait_for(lambda: 140 < len(rows_of(study, nodes.trial_on_the_last() or "none")) % 300 < 170)
+    lost, before, lost_after = nodes.trial_on_the_last(), notes_of(study), time.monotonic() - started
+    nodes.lose()
+    done, kept = (len(rows_of(study, lost)), max(RunFolder(study / "trials" / lost).checkpoint_steps()))
+    rows = rows_of(study, lost)[:kept]
+    assert driver.end(3600) == 0, driver.err.read_text()
+    after, took = notes_of(study), time.monotonic() - started
+    states = Counter(notes["status"] for notes in after.values())
+    assert states["finished"] + states["stopped"] == len(after) == 27
+    # what had ended was not touched, and what was lost went on from its checkpoint
+    ended = {name: notes for name, notes in before.items() if notes["status"] in ("finished", "stopped")}
+    assert {name: after[name] for name in ended} == ended
+    assert rows_of(study, lost)[:kept] == rows
+    for name, notes in after.items():
+        steps = [row["step"] for row in rows_of(study, name)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert notes["status"] == "stopped" or len(steps) == 600
+    again = [line for line in driver.err.read_text().splitlines() if "its process was lost" in line]
+    assert [line.split()[0] for line in again] == [lost], again
+    points = assert_the_leaderboard_is_what_mlflow_holds(study, database)
+    nodes.await_free(2.0)
+    with capsys.disabled():
+        print(
+            f"\nAfter {lost_after:.0f} s, {len(ended)} trials ended, the node of {lost} was lost at step {done}; it "
+            f"went on from step {kept}. All over after {took:.0f} s: {dict(states)}; {points} points in MLflow."
+        )
+        print((study / "leaderboard.md").read_text())
+
+
+def assert_the_leaderboard_is_what_mlflow_holds(study: Path, database: Path) -> int:
+    """Every number, status and reason, each step once; returns how many points of the loss MLflow has."""
+    runs, points = runs_of(database), 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    parent = runs.pop(study.name).info.run_id
+    rows = list(csv.DictReader((study / "leaderboard.csv").read_text().splitlines()))
+    assert sorted(row["trial"] for row in rows) == sorted(runs)
+    for row in rows:
+        run = runs[row["trial"]]
+        tags, metrics = run.data.tags, run.data.metrics
+        assert tags["mlflow.parentRunId"] == parent
+        assert (row["status"], row["reason"]) == (tags["aceray.status"], tags["aceray.stop_reason"])
+        shown = {key: float(value) for key, value in row.items() if "/" in key and value}
+        assert "fsc/auc" in shown and shown == {key: metrics[key] for key in shown}
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss_total")]
+        assert sorted(steps) == [line["step"] for line in rows_of(study, row["trial"])]
+        points += len(steps)
+    return points
 
 
 def test_trials_of_workers_give_their_cores_back(

@@ -29,4 +29,7 @@ def test_the_page_of_a_study_leads_to_its_trials_side_by_side(tmp_path: Path, pa
             assert name in text
         assert "pip.weight" in chart.text and chart.size["width"] > 200
         driver.save_screenshot(str(picture))
+        browser.open_all_runs(driver)
+        assert "workflowType=machine_learning" in driver.current_url
+        assert "tiny" in browser.there(driver, "partial link text", "tiny").text
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000

@@ -345,7 +345,7 @@ def test_another_study_is_not_resumed(quick: Make, trained: list[Config]) -> Non
     line = mistake(quick(), ConfigError, resume=True)
     assert line.startswith("space: is another than in the study in ")
     line = mistake(quick("seed=9", space={"pip.weight": [2.0]}), ConfigError, resume=True)
-    assert line.startswith("base: is another than in the study in ")
+    assert line.startswith("base: is another (with seed=9) than in the study in ")
     assert "--resume" in mistake(quick(space={"pip.weight": [2.0]}), DataError)
     result = run_study(quick("search.trials=1", space={"pip.weight": [2.0]}), "none", resume=True)
     assert result.count("finished") == len(trained) == 1

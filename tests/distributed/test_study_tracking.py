@@ -271,11 +271,12 @@ def test_the_leaderboard_is_what_mlflow_holds(
     parent = client.get_run(str(result.mlflow_run_id))
     stored = client.download_artifacts(parent.info.run_id, "leaderboard.csv", str(tmp_path))
     assert Path(stored).read_text() == result.paths["leaderboard.csv"].read_text()
-    link = parent.data.tags["mlflow.note.content"].splitlines()[0]
+    link, training = parent.data.tags["mlflow.note.content"].splitlines()[0].split(" · ")
     compared = [runs[row["trial"]].info.run_id for row in rows if row["status"] == "finished"]
     ids, experiments = (json.loads(text) for text in re.findall(r"=([^&)]*)", unquote(link)))
     assert link.startswith("[Compare the trials](#/compare-runs?runs=")
     assert (ids, experiments) == (compared, [parent.info.experiment_id])
+    assert training == f"[All runs](#/experiments/{parent.info.experiment_id}?workflowType=machine_learning)"
 
 
 def test_runs_name_their_presets_and_parents_hold_the_figures(make: Make, client: MlflowClient, tmp_path: Path) -> None:

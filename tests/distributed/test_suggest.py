@@ -1,14 +1,18 @@
 """Optuna's points and its memory, and the schedulers, without any trial."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 import yaml
+from ray.tune.schedulers import TrialScheduler
 
-from aceray.distributed.suggest import Suggestions, scheduler_of
+from aceray.distributed.suggest import Suggestions, experienced_scheduler, scheduler_of
 from aceray.distributed.trial import Trial, write_notes
+from aceray.folder import RunFolder
 from aceray.study import Point, Study, load_study
 
 SPACE = {
@@ -141,3 +145,66 @@ def test_a_population_stays_within_its_ranges(write) -> None:
     assert explore({"pip.weight": 0.4, "optim.encoder_lr": 1e-4})["pip.weight"] == 0.5
     # neighbours in the list are neighbours in size
     assert scheduler._hyperparam_mutations["optim.encoder_lr"] == [1e-5, 1e-4, 1e-3]
+
+
+# ---- what a scheduler remembers
+
+
+class Asked:
+    """A trial, as far as a scheduler looks at one."""
+
+    trial_id = "new"
+
+
+def decision(scheduler: TrialScheduler, step: int, value: float) -> str:
+    controller: Any = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
+    trial: Any = Asked()
+    scheduler.on_trial_add(controller, trial)
+    return scheduler.on_trial_result(controller, trial, {"step": step, "fsc/auc": value})
+
+
+def leave(
+    folder: Path, status: str, values: dict[int, float | None], checkpoint: int, final: float | None = None
+) -> None:
+    """The folder of an earlier trial."""
+    trial = Trial(0, folder.name, {}, (), folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    RunFolder(folder).checkpoint_file(checkpoint).touch()
+    (folder / "config.yaml").touch()
+    rows = [{"step": step, "fsc/auc": values.get(step)} for step in range(50, max(values) + 1, 50)]
+    RunFolder(folder).history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_notes(trial, status=status, metrics={} if final is None else {"fsc/auc": final})
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_scheduler_compares_with_the_trials_of_an_earlier_start(write, kind: str) -> None:
+    study = write(scheduler={"kind": kind, "grace_steps": 100}, search={"kind": "random", "trials": 8})
+    folder = Path("s").absolute()
+    leave(folder / "trials" / "a", "finished", {100: 0.5, 200: 0.6}, 200, final=0.7)
+    leave(folder / "trials" / "b", "stopped", {100: 0.4}, 100)
+    leave(folder / "trials" / "c", "failed", {100: 0.45, 150: None}, 100)
+    assert decision(scheduler_of(study), 100, 0.3) == "CONTINUE"
+    assert decision(experienced_scheduler(study, folder), 100, 0.3) == "STOP"
+    assert decision(experienced_scheduler(study, folder), 100, 0.55) == "CONTINUE"
+    assert decision(experienced_scheduler(study, folder), 50, 0.0) == "CONTINUE"  # within its grace
+
+
+def test_what_a_trial_will_report_again_is_not_remembered(write) -> None:
+    study = write(scheduler={"kind": "asha", "grace_steps": 100}, search={"kind": "random", "trials": 8})
+    folder = Path("s").absolute()
+    leave(folder / "trials" / "a", "interrupted", {100: 0.9}, 50)
+    assert decision(experienced_scheduler(study, folder), 100, 0.3) == "CONTINUE"
+    leave(folder / "trials" / "b", "running", {100: 0.9}, 100)
+    assert decision(experienced_scheduler(study, folder), 100, 0.3) == "STOP"
+
+
+def test_the_last_report_of_a_finished_trial_is_its_result(write) -> None:
+    study = write(scheduler={"kind": "asha", "grace_steps": 100}, search={"kind": "random", "trials": 8})
+    folder = Path("s").absolute()
+    leave(folder / "trials" / "a", "finished", {50: 0.1, 100: 0.2}, 100, final=0.8)
+    assert decision(experienced_scheduler(study, folder), 100, 0.5) == "STOP"
+
+
+def test_no_trial_yields_to_one_that_waits_for_the_median(write) -> None:
+    study = write(scheduler={"kind": "median", "grace_steps": 100}, search={"kind": "random", "trials": 8})
+    assert decision(scheduler_of(study), 100, 0.3) == "CONTINUE"

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,48 @@ def test_asha_stops_a_trial_and_says_so(write: Write) -> None:
         others = [each.report.metrics["fsc/auc"] for each in events if each.report and each.report.step == step]
         assert event.report.metrics["fsc/auc"] < max(others)
     assert run_sweep(study) == []
+
+
+@pytest.mark.slow
+def test_the_median_stops_a_trial_that_learns_nothing_and_none_starts_twice(write: Write) -> None:
+    rates = [0.02, 0.03, 0.04, 1e-9]
+    study = write(
+        space={"optim.decoder_lr": rates},
+        objective="select/residual_loss",
+        search={"concurrent": 1},
+        scheduler={"kind": "median", "grace_steps": 20},
+    )
+    events = run_sweep(study)
+    last = {event.point["optim.decoder_lr"]: event for event in ended(events).values()}
+    assert [last[rate].status for rate in rates] == ["finished", "finished", "finished", "stopped"]
+    worst = last[1e-9]
+    assert worst.report is not None and worst.report.step == 20
+    assert worst.reason == read_notes(folder_of(study) / "trials" / worst.name)["reason"]
+    assert worst.reason.startswith("median: at step 20")
+    starts = Counter(event.name for event in events if event.report is None and event.status == "running")
+    assert set(starts.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_study_that_goes_on_compares_with_the_trials_of_before(write: Write, kind: str) -> None:
+    """All but the worst have finished before the last start, which would have nobody to be compared with."""
+    study = write(
+        space={"optim.decoder_lr": [0.02, 0.03, 0.04, 1e-9]},
+        objective="select/residual_loss",
+        search={"concurrent": 1},
+        scheduler={"kind": kind, "grace_steps": 20},
+    )
+
+    def interrupt(event: TrialEvent) -> None:
+        if event.number == 2 and event.status in ("finished", "stopped"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(study, interrupt)
+    [event] = ended(run_sweep(study)).values()
+    assert (event.number, event.status) == (3, "stopped")
+    assert event.reason.startswith(f"{kind}: at step 20")
 
 
 def test_a_trial_whose_process_is_killed_goes_on_to_the_same_end(write: Write) -> None:
