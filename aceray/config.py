@@ -293,7 +293,7 @@ class Optim(Model):
 class Train(Model):
     """Length, batch and rhythm of a training run."""
 
-    steps: int = Field(2000, ge=1, description="optimiser steps")
+    steps: int = Field(800, ge=1, description="optimiser steps")
     batch: int = Field(64, ge=2, description="particles in one step, all workers together")
     lanes: int | None = Field(
         None, ge=1, description="independent shares of the set and of the batch; null: as many as workers, at least one"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Needs = Literal["", "truth", "half_sets", "two_seeds", "heldout"]
+Needs = Literal["", "truth", "half_sets", "two_seeds", "heldout", "refinement"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ CRITERIA: dict[str, Criterion] = {
     "select/half_map_fsc_area": Criterion("max", "half_sets"),
     "select/half_map_resolution_px": Criterion("min", "half_sets"),
     "select/pose_agreement_sqfrob": Criterion("min", "two_seeds"),
+    "refine/energy": Criterion("min", "refinement"),
     "train/wall_seconds": Criterion("min"),
     "train/particles_per_second": Criterion("max"),
 }

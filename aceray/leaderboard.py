@@ -39,7 +39,14 @@ SHOWN = (
     "train/steps",
 )
 TRUE_CRITERIA = ("pose/rotation_sqfrob_mean", "fsc/auc")
-LABEL_FREE = ("select/", "refine/energy", "refine/half_map_resolution_px", "train/loss_", "pose/coverage", "pose/view_entropy")
+LABEL_FREE = (
+    "select/",
+    "refine/energy",
+    "refine/half_map_resolution_px",
+    "train/loss_",
+    "pose/coverage",
+    "pose/view_entropy",
+)
 FEWEST_FOR_CORRELATION = 8
 _FEWEST_OF_A_SET = 4
 _LARGER_IS_BETTER = ("_below_half", "_area", "_agreement")

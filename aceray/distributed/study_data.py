@@ -50,6 +50,10 @@ def _check_settings(study: Study, config: Config) -> None:
                 f"objective: {objective.metric} needs particles that training never sees; set data.heldout_fraction, "
                 "for example to 0.1"
             )
+        if CRITERIA[objective.metric].needs == "refinement" and config.refine is None:
+            raise ConfigError(
+                f"objective: {objective.metric} needs a refinement after the training; leave out refine=null"
+            )
         if objective.metric.startswith("select/residual_loss") and held_out:
             raise ConfigError(
                 f"objective: with data.heldout_fraction={held_out:g} the residual is that of held-out particles; use "
