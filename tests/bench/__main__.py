@@ -1,4 +1,4 @@
-"""`python -m tests.bench [NAME …]`: accuracy, physics, steps, sharing and training in this order, or those named."""
+"""`python -m tests.bench [NAME …]`: accuracy, physics, steps, refine, sharing and training in this order, or those named."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ import torch
 def main() -> None:
     """Run the benchmarks on one thread; one that is not there is left out."""
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("accuracy", "physics", "steps", "sharing", "training"):
+    for name in sys.argv[1:] or ("accuracy", "physics", "steps", "refine", "sharing", "training"):
         if importlib.util.find_spec(f"tests.bench.{name}") is not None:
             importlib.import_module(f"tests.bench.{name}").main()
 
