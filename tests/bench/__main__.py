@@ -1,4 +1,4 @@
-"""`python -m tests.bench [NAME …]`: accuracy, physics, steps, refine, sharing and training in this order, or those named."""
+"""`python -m tests.bench [NAME …]`: accuracy, physics, steps, refine, sharing and training or those named."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Cost per image of refinement: search, a Gauss-Newton step, back-projection; compiled loops beside tensor operations."""
+"""Cost per image of refinement: search, Gauss-Newton step, back-projection; compiled loops beside tensor operations."""
 
 from collections.abc import Callable
 
@@ -48,7 +48,14 @@ def measured(box: int, machine: Machine) -> list[list[str]]:
         times = [cpu_seconds(call) / count * 1e3 for call in calls]
         floor = machine.floor_seconds(flops, moved) * 1e3
         shown = [f"{time:.4f}" for time in times] + [""] * (2 - len(times))
-        return [f"{box} px, {name}", *shown, f"{flops / 1e6:.3f}", f"{moved / 1e6:.3f}", f"{floor:.4f}", f"{times[0] / floor:.1f}"]
+        return [
+            f"{box} px, {name}",
+            *shown,
+            f"{flops / 1e6:.3f}",
+            f"{moved / 1e6:.3f}",
+            f"{floor:.4f}",
+            f"{times[0] / floor:.1f}",
+        ]
 
     steps = tuple(
         (lambda way=way: way(reference, images, rotation, shift, of))
