@@ -20,6 +20,7 @@ from aceray.distributed.ingest import read_here
 from aceray.train.evaluate import evaluate
 
 SEEDS = (1, 2, 3)
+STEPS = {"clean": 1000, "demo": 2000}  # of the encoder alone, which nothing refines
 EVALUATE_EVERY = 200
 FIGURES = Path(__file__).parent / "figures"
 COLUMNS = {
@@ -76,11 +77,16 @@ def main() -> None:
     print("| run | seed | " + " | ".join(COLUMNS) + " | CPU s |")
     print("|---" * (len(COLUMNS) + 3) + "|")
     runs = {}
-    for preset in ("clean", "demo"):
+    for preset in STEPS:
         for name, overrides in (("PIP", ()), ("no PIP", ("pip.weight=0", "ipi.train_shift=true"))):
             for seed in SEEDS:
                 config = aceray.load_config(
-                    preset, *overrides, f"seed={seed}", "resources.workers=0", f"train.evaluate_every={EVALUATE_EVERY}"
+                    preset,
+                    *overrides,
+                    f"seed={seed}",
+                    "resources.workers=0",
+                    f"train.steps={STEPS[preset]}",
+                    f"train.evaluate_every={EVALUATE_EVERY}",
                 )
                 aceray.simulate(config, existing="keep")
                 run = runs[preset, name, seed] = reconstruct(config)
@@ -104,7 +110,7 @@ def draw(runs: dict[tuple[str, str, int], Reconstruction]) -> None:
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplots(2, 3)
     rows = []
-    for line, preset in zip(axes, ("clean", "demo"), strict=True):
+    for line, preset in zip(axes, STEPS, strict=True):
         for axis, (label, key) in zip(line, panels.items(), strict=True):
             for name, colour in (("PIP", "C0"), ("no PIP", "C1")):
                 curves = [[metrics[key] for _, metrics in runs[preset, name, seed].curve] for seed in SEEDS]
