@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from aceray.build import lane_count, last_step, row_groups_of_lanes, training_box
+from aceray.build import final_box, lane_count, last_step, row_groups_of_lanes, training_box
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
@@ -174,10 +174,13 @@ def _evaluate(
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
-    groups, box = particles.row_groups(), training_box(config, particles.manifest.box)
+    stored, device = particles.manifest.box, device_of(config)
     with ended_by_sigterm(), threads(config):
-        stack, device = read_here(particles, groups, box), device_of(config)
-        beside = score_oracle(particles, stack, device)
+        largest = read_here(particles, particles.row_groups(), final_box(config, stored))
+        beside = score_oracle(particles, largest, device)
+        box = training_box(config, stored)
+        stack = largest if box == largest.images.shape[-1] else read_here(particles, particles.row_groups(), box)
+        del largest
         with start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             tracker.status_at_end = tracker.status_before
             share = predict_share(config, folder, particles, stack, Place(device=device))

@@ -12,9 +12,9 @@ import torch
 
 from aceray.build import final_box, last_step, refinement_rounds, training_box
 from aceray.config import Config
-from aceray.data.particles import TRUTH_COLUMNS, ParticleSet
+from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, ParticleStack
 from aceray.distributed.ingest import read_here
-from aceray.distributed.run import evaluate_run, exhaust, run
+from aceray.distributed.run import evaluate_run, evaluate_run_with_oracle, exhaust, run
 from aceray.distributed.share import Place, train_share
 from aceray.folder import RunFolder, create_run_folder
 from aceray.presets import load_config
@@ -113,6 +113,19 @@ def test_two_workers_refine_as_one_with_two_lanes(configure: Configure) -> None:
     assert two.poses["particle_id"].tolist() == one.poses["particle_id"].tolist()
     # the checkpoint of two workers is evaluated in one process
     assert evaluate_run(two.folder).metrics["refine/energy"] == pytest.approx(two.metrics["refine/energy"], rel=1e-4)
+
+
+def test_the_oracle_has_the_box_of_the_volume(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(refined(configure, "data.box=12"))
+    boxes: list[int] = []
+
+    def noted(particles: ParticleSet, stack: ParticleStack, device: str, on_search: object) -> dict[str, float]:
+        boxes.append(stack.images.shape[-1])
+        return {}
+
+    monkeypatch.setattr("aceray.distributed.run.oracle_metrics", noted)
+    evaluate_run_with_oracle(result.folder)
+    assert boxes == [BOX]
 
 
 def test_plan_of_the_rounds() -> None:
