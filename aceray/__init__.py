@@ -16,12 +16,14 @@ import aceray.train as _train_package
 if TYPE_CHECKING:
     from aceray.api import (
         OnProgress,
+        check,
         compare,
         evaluate,
         evaluate_half_maps,
         evaluate_with_oracle,
         load_config,
         load_study,
+        prepare,
         score,
         simulate,
         train,
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     from aceray.folder import Existing, RunResult
 
 __all__ = [
+    "check",
     "compare",
     "evaluate",
     "evaluate_half_maps",
     "evaluate_with_oracle",
     "load_config",
     "load_study",
+    "prepare",
     "score",
     "simulate",
     "train",

@@ -10,17 +10,21 @@ from aceray.presets import load_config
 from aceray.study import Study, load_study
 
 if TYPE_CHECKING:
+    from aceray.distributed.convert import Checked, Prepared
+    from aceray.distributed.convert import Existing as ExistingDataset
     from aceray.distributed.study_run import StudyResult
     from aceray.folder import Existing, RunResult
 
 __all__ = [
     "OnProgress",
+    "check",
     "compare",
     "evaluate",
     "evaluate_half_maps",
     "evaluate_with_oracle",
     "load_config",
     "load_study",
+    "prepare",
     "score",
     "simulate",
     "train",
@@ -47,6 +51,44 @@ def simulate(
     from aceray.distributed import prepare
 
     return prepare.simulate(config, existing, on_progress)
+
+
+def check(source: str | Path, **options: Any) -> "Checked":
+    """What is in an input of real particles and everything that is wrong with it, before any work is done.
+
+    `options` are those of `aceray.preparation.Preparation`. Nothing is written.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        DataError: the input cannot be read at all.
+    """
+    from aceray.distributed import convert
+    from aceray.preparation import preparation
+
+    return convert.check(source, preparation(**options))
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    existing: "ExistingDataset" = "error",
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> "Prepared":
+    """Make a dataset at `out` of the particles of a .star, .cs, .txt (list of stacks) or stack of another program.
+
+    `options` are those of `aceray.preparation.Preparation`: box, datadir, subset, invert, half, strict, …. A conversion
+    that was stopped goes on when it is called again. `on_progress` is called after every shard.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        DataError: the input is wrong (the first reason; `check` gives all), or the folder cannot be written.
+        ClusterError: Ray cannot be reached or lost a task for good.
+    """
+    from aceray.distributed import convert
+    from aceray.preparation import preparation
+
+    return convert.prepare_particles(source, out, preparation(**options), existing, on_progress)
 
 
 def train(config: Config, existing: "Existing" = "error", on_progress: OnProgress | None = None) -> "RunResult":

@@ -3,20 +3,23 @@
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from aceray import api
 from aceray.display import Page, RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
+from aceray.preparation import Preparation
 
 if TYPE_CHECKING:
     from aceray.distributed.study_run import StudyResult
@@ -35,6 +38,23 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="PRESET_OR_KEY=VALUE", help="presets, merged from left to right, and overrides, which win"),
 ]
+
+
+def _with_options(settings: type[BaseModel]) -> Callable[[Callable], Callable]:
+    """Give a command whose last parameter is **options an option for every field of the settings."""
+
+    def extended(command: Callable) -> Callable:
+        own = list(signature(command).parameters.values())[:-1]
+        more = []
+        for name, field in settings.model_fields.items():
+            kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
+            default = list(field.default) if kind == list[str] else field.default
+            option = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=field.description)]
+            more.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option))
+        command.__signature__ = Signature([*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return extended
 
 
 def main() -> None:
@@ -71,6 +91,33 @@ def simulate(
         with RunDisplay("simulate", "particles") as display:
             folder = api.simulate(config, existing, display.simulated)
     print(f"dataset      {_from_here(folder)}")
+
+
+@app.command()
+@_with_options(Preparation)
+def prepare(
+    source: Annotated[str, typer.Argument(help="a .star, .cs, .txt (list of stacks), .mrcs or .mrc")],
+    out: Annotated[str | None, typer.Option(help="folder of the dataset")] = None,
+    check: Annotated[bool, typer.Option("--check", help="only look: all that would go wrong, and the fix")] = False,
+    existing: Annotated[
+        Literal["error", "keep", "overwrite"], typer.Option(help="what to do with a dataset that is there already")
+    ] = "error",
+    **options: Any,
+) -> None:
+    """Make a dataset of real particles: of RELION, cryoSPARC or MRC stacks."""
+    with _readable("repeat the command to go on where it stopped"):
+        if check == (out is not None):
+            raise ConfigError("prepare: give either --out, the folder of the dataset, or --check")
+        if check:
+            checked = api.check(source, **options)
+            _print_report(checked.markdown())
+            if checked.findings.errors:
+                raise typer.Exit(USER_ERROR)
+            return
+        with RunDisplay("prepare", "particles") as display:
+            prepared = api.prepare(source, str(out), existing, display.simulated, **options)
+    _print_report(prepared.report)
+    print(f"dataset      {_from_here(prepared.path)}")
 
 
 @app.command()
@@ -200,8 +247,12 @@ def _print_study(result: "StudyResult") -> None:
 
 
 def _print_markdown(path: Path) -> None:
-    """Typeset in a terminal, as it is anywhere else."""
-    text, console = path.read_text(encoding="utf-8"), Console(highlight=False)
+    _print_report(path.read_text(encoding="utf-8"))
+
+
+def _print_report(text: str) -> None:
+    """Markdown: typeset in a terminal, as it is anywhere else."""
+    console = Console(highlight=False)
     if console.is_terminal:
         console.print(Page(text))
     else:

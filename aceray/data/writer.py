@@ -227,9 +227,19 @@ class ResumableWriter(ParticleWriter):
             self._lock = os.open(self.work, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._release()
             raise DataError(f"{self.path}: another process is writing this dataset; wait for it.") from error
         except OSError as error:
             raise storage_error(self.path, error) from error
+        try:
+            self._take_over()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _take_over(self) -> None:
+        """Keep what is left of the same work, throw other work away or refuse it."""
         marker = self.work / "key"
         if marker.exists() and marker.read_text() != self.key:
             if self.existing == "error":
@@ -243,11 +253,13 @@ class ResumableWriter(ParticleWriter):
         self.folder.mkdir(exist_ok=True)
         with written_atomically(marker) as temporary:
             temporary.write_text(self.key)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

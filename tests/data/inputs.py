@@ -1,5 +1,6 @@
 """Small inputs of other programs that the tests of real stacks share: stacks, STAR and .cs files."""
 
+import warnings
 from pathlib import Path
 
 import mrcfile
@@ -19,7 +20,8 @@ def some_images(count: int, side: int = SIDE, seed: int = 0, bright: float = 3.0
 def write_stack(path: Path, images: np.ndarray, pixel_size: float = 0.0) -> Path:
     """A stack whose mode and byte order are those of the array."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mrcfile.new(path, overwrite=True) as file:
+    with warnings.catch_warnings(), mrcfile.new(path, overwrite=True) as file:
+        warnings.simplefilter("ignore", RuntimeWarning)  # bad images are the point of some tests
         file.set_data(images)
         file.set_image_stack()
         if pixel_size:
