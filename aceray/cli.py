@@ -173,6 +173,39 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
+    out: Annotated[str, typer.Option(help="folder for the files")],
+) -> None:
+    """Write a run's results for RELION, cryoSPARC and ChimeraX: volume, FSC tables, poses of the original particles."""
+    with _readable("to start again, repeat the command"):
+        exported = api.export(run_folder, out)
+    for name, path in exported.paths.items():
+        print(f"{name:12} {_from_here(path)}")
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
+    source: Annotated[str, typer.Argument(help="a dataset, or a .star, .cs, .txt, .mrcs or .mrc")],
+    out: Annotated[str, typer.Option(help="folder for the poses")],
+    workers: Annotated[int, typer.Option(help="Ray actors; 0: in this process, without Ray")] = 0,
+    address: Annotated[str | None, typer.Option(help="of a running Ray cluster; else a local one")] = None,
+    datadir: Annotated[str | None, typer.Option(help="folder that holds the stacks")] = None,
+    pixel_size: Annotated[float | None, typer.Option(help="angstrom; overrules the input's")] = None,
+    passthrough: Annotated[list[str] | None, typer.Option(help="further .cs files of the same particles")] = None,
+) -> None:
+    """Assign poses to new particles with the encoder of a run: STAR, .cs and Parquet."""
+    options = {"datadir": datadir, "pixel_size": pixel_size, "passthrough": tuple(passthrough or ())}
+    with _readable("to start again, repeat the command"), RunDisplay("predict", "particles") as display:
+        found = api.predict(run_folder, source, out, workers, address, display.predicted, **options)
+    for name, path in found.paths.items():
+        print(f"{Path(name).suffix[1:]:12} {_from_here(path)}")
+    left = f", {found.refused:,} images refused" if found.refused else ""
+    print(f"{'particles':12} {found.particles:,}, {found.particles_per_second:,.0f} a second{left}")
+
+
+@app.command()
 def tune(
     study: Annotated[str, typer.Argument(help="a study: `smoke`, or the path of a YAML file")],
     settings: Annotated[

@@ -151,7 +151,7 @@ def convert_shard(plan: Conversion, shard: int, first_id: int, folder: Path) -> 
     places = np.array(plan.shards[shard])
     images = torch.empty(len(places), plan.field.box, plan.field.box)
     reasons = [""] * len(places)
-    for rows, treated, why in _treated(plan, places):
+    for rows, treated, why in treated_images(plan, places):
         images[rows] = treated
         for row, reason in zip(rows, why, strict=True):
             reasons[row] = reason
@@ -166,8 +166,8 @@ def convert_shard(plan: Conversion, shard: int, first_id: int, folder: Path) -> 
     return ConvertedShard(written, first_id, refused)
 
 
-def _treated(plan: Conversion, places: Int[np.ndarray, "n"]) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
-    """Images of a shard as they are to be stored, some at a time: rows of the shard, images, reasons of refusal."""
+def treated_images(plan: Conversion, places: Int[np.ndarray, "n"]) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
+    """Images of those places of the plan's table, some at a time: rows of `places`, treated images, why refused."""
     stack_of, index_of, group_of = (column[places] for column in (plan.table.stack, plan.table.stack_index, plan.group))
     for number, group in np.unique(np.stack([stack_of, group_of], axis=1), axis=0).tolist():
         stack = plan.stacks[number]
@@ -223,7 +223,7 @@ def take_sample(plan: Conversion, findings: Findings, path: object) -> Sample:
     count = len(places)
     stored = torch.empty(count, plan.field.box, plan.field.box)
     good = torch.ones(count, dtype=torch.bool)
-    for rows, treated, reasons in _treated(plan, places):
+    for rows, treated, reasons in treated_images(plan, places):
         stored[rows] = treated
         good[rows] = torch.tensor([not reason for reason in reasons])
     refused = int((~good).sum())

@@ -90,11 +90,11 @@ def refusals(images: Float[Tensor, "n d d"]) -> list[str]:
 def normalised(images: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n d d"], list[str]]:
     """Images with mean 0 and standard deviation 1 outside the circle; and why each cannot be, or an empty text."""
     background = images[:, outside_circle(images.shape[-1])]
-    spread, mean = torch.std_mean(background.double(), dim=1)
-    flat = spread <= _CONSTANT * images.double().flatten(1).std(dim=1)
+    spread, mean = torch.std_mean(background, dim=1)
+    flat = spread <= _CONSTANT * images.flatten(1).std(dim=1)
     scale = torch.where(flat, torch.ones_like(spread), spread)
     reason = "has a constant background (a mask?): prepare with --normalise none"
-    result = (images - mean[:, None, None].float()) / scale[:, None, None].float()
+    result = (images - mean[:, None, None]) / scale[:, None, None]
     return result, [reason if each else "" for each in flat.tolist()]
 
 

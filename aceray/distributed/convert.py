@@ -67,7 +67,7 @@ def check(source: str | Path, settings: Preparation) -> Checked:
     All metadata and headers are read, and a few images. Raises DataError when the input cannot be read at all.
     """
     findings = Findings()
-    opened = open_source(_files(source, settings), findings)
+    opened = open_source(source_files(source, settings), findings)
     facts = facts_of_source(opened)
     try:
         plan = plan_conversion(opened, _treatment(settings), findings)
@@ -98,7 +98,7 @@ def prepare_particles(
         ClusterError: Ray cannot be reached or lost a task for good.
     """
     findings = Findings()
-    opened = open_source(_files(source, settings), findings)
+    opened = open_source(source_files(source, settings), findings)
     plan = plan_conversion(opened, _treatment(settings), findings)
     findings.raise_errors()
     path = Path(out).expanduser().resolve()
@@ -123,7 +123,9 @@ def prepare_particles(
     return Prepared(particles.path, report)
 
 
-def _files(source: str | Path, settings: Preparation) -> SourceFiles:
+def source_files(source: str | Path, settings: Preparation) -> SourceFiles:
+    """What the settings say about the parts of an input."""
+
     def path(name: str | None) -> Path | None:
         return None if name is None else Path(name).expanduser()
 
