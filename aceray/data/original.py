@@ -8,15 +8,25 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from aceray.data.cryosparc import particles_from_cs, read_record_array, write_cs_poses
 from aceray.data.particle_table import Findings, ParticleTable
 from aceray.data.particles import CTF_UNITS, IDENTITY_UNITS, ParticleSet
-from aceray.data.star import DEFOCUS, MICROSCOPE, StarFile, particles_from_star, read_star_file, write_star_poses
+from aceray.data.pose_files import read_poses_pkl, write_poses_star
+from aceray.data.star import (
+    ANGLES,
+    DEFOCUS,
+    MICROSCOPE,
+    StarFile,
+    particles_from_star,
+    read_star_file,
+    write_star_poses,
+)
 from aceray.data.storage import written_atomically
-from aceray.em.rotation import relion_from_rotation
+from aceray.em.rotation import relion_from_rotation, rotation_from_relion
 from aceray.errors import DataError
 
 _CS_CTF = {
@@ -43,29 +53,36 @@ class Original:
 
 
 def original_of(particles: ParticleSet) -> Original:
-    """What the particles of a prepared dataset (or half set) were before, in the order of the dataset.
+    """What the particles of a dataset (or half set) were before `aceray prepare`, in the order of the dataset.
 
-    Raises DataError when the dataset was not made of real particles, or the copy of its input is missing.
+    Those of another dataset are the images of a stack with its folder's name. Raises DataError when the copy of the
+    input is missing.
     """
-    origin = particles.manifest.source
-    if origin.get("kind") != "prepared":
-        raise DataError(f"{particles.path}: was not made by `aceray prepare`, so its particles have no other names.")
-    columns = [*IDENTITY_UNITS, "half_set", *(CTF_UNITS if particles.manifest.ctf else ())]
-    rows = particles.read(particles.row_groups(), columns)
-    codes, names = pd.factorize(rows["stack_name"].to_pandas())
+    manifest = particles.manifest
+    origin, prepared = manifest.source, manifest.source.get("kind") == "prepared"
+    names = (*IDENTITY_UNITS,) if prepared else ("particle_id",)
+    rows = particles.read(particles.row_groups(), [*names, "half_set", *(CTF_UNITS if manifest.ctf else ())])
+    ctf = {name: rows[name].to_numpy().astype(np.float64) for name in CTF_UNITS} if manifest.ctf else None
+    half = rows["half_set"].to_numpy().astype(np.int64)
+    if not prepared:
+        number, size = rows["particle_id"].to_numpy(), np.full(len(rows), manifest.pixel_size_angstrom)
+        stack = np.zeros(len(rows), dtype=np.int64)
+        name = f"{particles.path.name}.mrcs"
+        return Original(ParticleTable((name,), stack, number, number, size, ctf, half_set=half), None, manifest.box)
+    codes, stacks = pd.factorize(rows["stack_name"].to_pandas())
     source_row = rows["source_row"].to_numpy()
     file, sizes = _file_and_sizes(particles, origin.get("original"))
     stated = np.full(len(rows), np.nan) if sizes is None else sizes[source_row]
     stated = np.where(np.isfinite(stated), stated, float(origin["pixel_sizes_angstrom"][0]))
     given = origin.get("original_pixel_size_angstrom")
     table = ParticleTable(
-        stack_names=tuple(str(name) for name in names),
+        stack_names=tuple(str(name) for name in stacks),
         stack=codes.astype(np.int64),
         stack_index=rows["stack_index"].to_numpy(),
         source_row=source_row,
         pixel_size_angstrom=stated if given is None else np.full(len(rows), float(given)),
-        ctf={name: rows[name].to_numpy().astype(np.float64) for name in CTF_UNITS} if particles.manifest.ctf else None,
-        half_set=rows["half_set"].to_numpy().astype(np.int64),
+        ctf=ctf,
+        half_set=half,
     )
     boxes = origin.get("boxes", [])
     return Original(table, file, boxes[0] if len(boxes) == 1 else None)
@@ -82,6 +99,22 @@ def _file_and_sizes(particles: ParticleSet, name: str | None) -> tuple[StarFile 
     return None, None
 
 
+def write_poses(
+    path: Path, particles: ParticleSet, rotation: Float[Tensor, "n 3 3"], shift_px: Float[Tensor, "n 2"]
+) -> None:
+    """Write a STAR file with the poses of all particles of a dataset or half set, in their order.
+
+    `shift_px` are pixels of the stored box. Prepared particles have the names, the pixel size and all columns of their
+    input; others are named after the dataset's folder. Raises DataError when it cannot be written.
+    """
+    if particles.manifest.source.get("kind") != "prepared":
+        write_poses_star(path, rotation, shift_px, particles)
+        return
+    original = original_of(particles)
+    origin = -shift_px.detach().cpu().double() * particles.manifest.pixel_size_angstrom
+    _write_star(path, original, _pose_columns(original, rotation.detach().cpu(), origin))
+
+
 def write_original_poses(
     folder: Path,
     original: Original,
@@ -94,25 +127,73 @@ def write_original_poses(
     A STAR or .cs input comes back with all its columns, values and optics groups, only the poses set (and without the
     rows that have none); the other is made of what is known. Raises DataError when one cannot be written.
     """
+    poses = _pose_columns(original, rotation, origin_angstrom)
+    _write_star(folder / "poses.star", original, poses)
+    if isinstance(original.file, np.ndarray):
+        write_cs_poses(folder / "poses.cs", original.file, original.table.source_row, poses)
+    else:
+        write_cs_poses(folder / "poses.cs", _rows_of(original), np.arange(len(original.table)), poses)
+    _write_parquet(folder / "poses.parquet", original.table, poses, residual)
+    return [folder / "poses.star", folder / "poses.cs", folder / "poses.parquet"]
+
+
+def _pose_columns(
+    original: Original, rotation: Float[Tensor, "n 3 3"], origin_angstrom: Float[Tensor, "n 2"]
+) -> dict[str, np.ndarray]:
     if len(rotation) != len(original.table):
         raise ValueError(f"{len(rotation)} poses for {len(original.table)} particles")
-    table, size = original.table, original.table.pixel_size_angstrom
-    names = ("rot_deg", "tilt_deg", "psi_deg")
-    poses = {name: angle.numpy() for name, angle in zip(names, relion_from_rotation(rotation.double()), strict=True)}
+    size = original.table.pixel_size_angstrom
+    poses = {
+        name: angle.numpy()
+        for name, angle in zip(ANGLES.values(), relion_from_rotation(rotation.double()), strict=True)
+    }
     for axis, values in zip("xy", origin_angstrom.double().numpy().T, strict=True):
         poses |= {f"origin_{axis}_angstrom": values, f"origin_{axis}_px": values / size}
-    poses["pixel_size_angstrom"] = size
-    everything = np.arange(len(table))
+    return poses | {"pixel_size_angstrom": size}
+
+
+def _write_star(path: Path, original: Original, poses: Mapping[str, np.ndarray]) -> None:
     if isinstance(original.file, StarFile):
-        write_star_poses(folder / "poses.star", original.file, table.source_row, poses)
+        write_star_poses(path, original.file, original.table.source_row, poses)
     else:
-        write_star_poses(folder / "poses.star", _star_of(original), everything, poses)
-    if isinstance(original.file, np.ndarray):
-        write_cs_poses(folder / "poses.cs", original.file, table.source_row, poses)
+        write_star_poses(path, _star_of(original), np.arange(len(original.table)), poses)
+
+
+def read_original_poses(
+    path: Path | str, particles: ParticleSet
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
+    """As `pose_files.read_poses`, of a file that names the images of a prepared dataset's input.
+
+    Rows are particles by stack name and number. cryoDRGN's .pkl has no names: its rows are those of the input. Raises
+    DataError when the file has no poses, or names images that are not in the dataset.
+    """
+    path, manifest = Path(path), particles.manifest
+    table = particles.read(particles.row_groups(), ["particle_id", *IDENTITY_UNITS]).to_pandas()
+    if path.suffix.lower() == ".pkl":
+        rotation, shift_px, _ = read_poses_pkl(path, manifest)
+        if sorted(table["source_row"]) != list(range(len(rotation))):
+            raise DataError(f"{path}: has no names, and the dataset holds but a part of its input; give a STAR file.")
+        rows = torch.from_numpy(table["source_row"].to_numpy(copy=True))
+        return rotation[rows], shift_px[rows], torch.from_numpy(table["particle_id"].to_numpy(copy=True))
+    findings = Findings()
+    if path.suffix.lower() == ".cs":
+        found = particles_from_cs(path, read_record_array(path), findings)
     else:
-        write_cs_poses(folder / "poses.cs", _rows_of(original), everything, poses)
-    _write_parquet(folder / "poses.parquet", table, poses, residual)
-    return [folder / "poses.star", folder / "poses.cs", folder / "poses.parquet"]
+        found = particles_from_star(read_star_file(path), findings)
+    if found.pose is None:
+        raise DataError(f"{path}: lacks poses (rlnAngleRot, alignments3D/pose); give a file with refined poses.")
+    known = dict(zip(zip(table["stack_name"], table["stack_index"], strict=True), table["particle_id"], strict=True))
+    names = [found.stack_names[stack] for stack in found.stack]
+    number = np.array([known.get(image, -1) for image in zip(names, found.stack_index.tolist(), strict=True)])
+    if (number < 0).any() or len(np.unique(number)) < len(number):
+        row = int((number < 0).argmax())
+        raise DataError(f"{path}: names {found.label(row)}, which the dataset does not hold, or an image twice.")
+    order = np.argsort(number)
+    pose = {name: torch.from_numpy(values[order]) for name, values in found.pose.items()}
+    rotation = rotation_from_relion(*(pose[name] for name in ANGLES.values()))
+    origin = torch.stack([pose["origin_x_angstrom"], pose["origin_y_angstrom"]], dim=1)
+    shift_px = -origin / manifest.pixel_size_angstrom
+    return rotation.float(), shift_px.float(), torch.from_numpy(number[order])
 
 
 def _star_of(original: Original) -> StarFile:

@@ -17,7 +17,6 @@ from aceray.data.manifest import Manifest
 from aceray.data.original import Original, original_of, write_original_poses
 from aceray.data.particle_table import Findings
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
-from aceray.data.pose_files import write_poses_star
 from aceray.data.source import SourceFiles, open_source
 from aceray.data.star import StarFile
 from aceray.distributed.export import own_folder
@@ -34,7 +33,7 @@ from aceray.train.predict import Poses, calibrate_normalisation, particles_from_
 _CALIBRATION_GROUPS = 16  # of 256 particles, as many as a run takes for its own prediction
 _BYTES_AT_ONCE = 128 * 2**20  # images of one prediction
 _FIELD_TOLERANCE = 0.005
-_FILES = ("poses.star", "poses.cs", "poses.parquet", "refused.csv")
+_FILES = ("poses.star", "poses.cs", "poses.parquet")
 
 
 @dataclass(frozen=True)
@@ -272,15 +271,6 @@ def _write(target: Path, source: FromDataset | FromStacks, poses: Poses, manifes
         original = Original(chosen, source.file, boxes.pop() if len(boxes) == 1 else None)
     else:
         order = poses.particle_id.argsort()
-        original = None
-        if source.particles.manifest.source.get("kind") == "prepared":
-            original = original_of(source.particles)
-    rotation, shift_px, residual = poses.rotation[order], poses.shift_px[order], poses.residual[order]
-    if original is not None:
-        origin = -shift_px.double() * manifest.pixel_size_angstrom
-        return write_original_poses(target, original, rotation.double(), origin, residual)
-    assert isinstance(source, FromDataset)
-    ours = source.particles.manifest
-    shift_px = shift_px * (manifest.pixel_size_angstrom / ours.pixel_size_angstrom)
-    write_poses_star(target / "poses.star", rotation, shift_px, source.particles)
-    return [target / "poses.star"]
+        original = original_of(source.particles)
+    origin = -poses.shift_px[order].double() * manifest.pixel_size_angstrom
+    return write_original_poses(target, original, poses.rotation[order].double(), origin, poses.residual[order])

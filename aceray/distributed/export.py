@@ -10,7 +10,6 @@ import torch
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.original import original_of, write_original_poses
 from aceray.data.particles import ParticleSet, open_particles
-from aceray.data.pose_files import write_poses_star
 from aceray.data.storage import storage_error, written_atomically
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import DataError
@@ -78,9 +77,4 @@ def _write_poses(target: Path, folder: RunFolder, particles: ParticleSet) -> lis
     columns = {name: torch.from_numpy(poses[name].to_numpy(copy=True)) for name in poses}
     rotation = rotation_from_relion(*(columns[name].double() for name in ("rot_deg", "tilt_deg", "psi_deg")))
     origin = torch.stack([columns["origin_x_angstrom"], columns["origin_y_angstrom"]], dim=1).double()
-    if particles.manifest.source.get("kind") == "prepared":
-        return write_original_poses(target, original_of(particles), rotation, origin, columns["residual"])
-    shift_px = (-origin / particles.manifest.pixel_size_angstrom).float()
-    write_poses_star(target / "poses.star", rotation.float(), shift_px, particles)
-    shutil.copyfile(folder.poses, target / "poses.parquet")
-    return [target / "poses.star", target / "poses.parquet"]
+    return write_original_poses(target, original_of(particles), rotation, origin, columns["residual"])

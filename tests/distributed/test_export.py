@@ -9,6 +9,7 @@ import torch
 import aceray
 from aceray.data.cryosparc import read_record_array
 from aceray.data.mrc import write_volume
+from aceray.data.original import read_original_poses
 from aceray.data.particle_table import Findings
 from aceray.data.particles import open_particles, stack_from_table
 from aceray.data.source import SourceFiles, open_source
@@ -212,3 +213,44 @@ def test_ray_datas_actors_give_the_same_poses(trained, tmp_path):
     (first, rotation), (second, other) = (poses_of(each.paths["poses.parquet"]) for each in (here, there))
     torch.testing.assert_close(rotation, other, atol=1e-3, rtol=0)
     np.testing.assert_allclose(first["residual"], second["residual"], rtol=1e-3)
+
+
+def test_the_runs_own_star_file_names_the_original_particles(trained):
+    _, star, result = trained
+    before, after = read_star_file(star), read_star_file(result.paths["poses_star"])
+    assert after.optics_table().equals(before.optics_table())
+    assert sorted(after.table()["rlnImageName"]) == sorted(before.table()["rlnImageName"])
+
+
+@pytest.mark.parametrize("name", ["poses.star", "poses.cs"])
+def test_poses_of_another_program_are_matched_by_name(trained, tmp_path, name):
+    """The set is permuted: rows go to their particles by stack and number, in whatever order the file has them."""
+    path, _, result = trained
+    exported = aceray.export(result.folder, tmp_path / "out")
+    rotation, shift_px, number = read_original_poses(exported.paths[name], open_particles(path / "set"))
+    assert number.tolist() == list(range(1024))
+    table = result.poses
+    own = rotation_from_relion(*(torch.tensor(table[angle].to_numpy()) for angle in ANGLES)).float()
+    torch.testing.assert_close(rotation, own, atol=1e-4, rtol=0)
+    origin = torch.tensor(table[["origin_x_angstrom", "origin_y_angstrom"]].to_numpy()).float()
+    torch.testing.assert_close(-shift_px * 2.0, origin, atol=1e-4, rtol=0)
+
+
+def test_poses_of_other_images_are_refused(trained, tmp_path):
+    path, _, _ = trained
+    angles = {name: [1.0, 2.0] for name in ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")}
+    dataset = open_particles(path / "set")
+    for names in (["1@p.mrcs", "1@q.mrcs"], ["1@p.mrcs", "1025@p.mrcs"], ["5@p.mrcs", "5@p.mrcs"]):
+        with pytest.raises(DataError, match="does not hold, or an image twice"):
+            read_original_poses(write_star(tmp_path / "x.star", names, **angles), dataset)
+    with pytest.raises(DataError, match="lacks poses"):
+        read_original_poses(write_star(tmp_path / "x.star", ["1@p.mrcs"]), dataset)
+
+
+def test_a_simulated_set_is_a_stack_of_its_own_name(tmp_path):
+    dataset = write_particles(tmp_path / "blobs").path
+    folder, poses = finished_run(tmp_path, dataset)
+    exported = aceray.export(folder.path, tmp_path / "out")
+    found = read_star_file(exported.paths["poses.star"]).table()
+    assert found["rlnImageName"][7] == "000008@blobs.mrcs"
+    assert float(found["rlnOriginXAngst"][7]) == pytest.approx(-4.0 * float(poses.shift_px[7, 0]), abs=1e-5)
