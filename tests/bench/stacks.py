@@ -25,14 +25,15 @@ _PROGRAM = """
 import json, resource, sys, time
 import aceray
 started = time.perf_counter()
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import torch
 torch.set_num_threads(1)
 aceray.prepare(sys.argv[1], sys.argv[2], box=int(sys.argv[3]), workers=int(sys.argv[4]),
                on_progress=lambda p: print(p.shards_done, flush=True))
 usage = resource.getrusage(resource.RUSAGE_SELF)
+# not ru_maxrss, which a process inherits from the one that started it
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"wall": time.perf_counter() - started, "cpu": usage.ru_utime + usage.ru_stime,
-                  "peak_mib": usage.ru_maxrss / 1024}), flush=True)
+                  "peak_mib": peak / 1024}), flush=True)
 """
 
 
@@ -115,7 +116,7 @@ def main() -> None:
             found = prepared(star, folder / f"set{box}", box, workers)
             print(
                 f"{SIDE} -> {box:3d} px     {size / 1e6 / found['wall']:6.0f} MB/s  {particles / found['wall']:8,.0f} "
-                f"particles/s  {found['cpu']:.0f} CPU s  peak {found['peak_mib']:.0f} MiB",
+                f"particles/s  {found['cpu']:.0f} CPU s ({particles / found['cpu']:,.0f} a CPU second)  peak {found['peak_mib']:.0f} MiB",
                 flush=True,
             )
         prepared(star, folder / "killed", 128, 0, max(1, particles // IMAGES_OF_A_SHARD // 2))

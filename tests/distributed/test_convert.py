@@ -322,3 +322,11 @@ def test_a_prepared_set_trains_as_any_other(tmp_path):
     )  # fmt: skip
     result = aceray.train(config)
     assert result.poses["particle_id"].tolist() == list(range(1024)) and result.volume.shape == (16, 16, 16)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_tasks_make_the_same_bytes_as_this_process(star, tmp_path):
+    spoil(star)
+    options = {"shard_mib": 1, "dtype": "float32"}
+    whole = children(aceray.prepare(star, tmp_path / "here", **options).path)
+    assert children(aceray.prepare(star, tmp_path / "there", workers=2, **options).path) == whole
