@@ -28,7 +28,7 @@ class Preparation(Model):
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored pixels")
     seed: int = Field(1, ge=0, description="of the order, the subset and random half sets")
-    shard_mib: int = Field(128, ge=1, le=4096, description="size of a shard; a task needs about ten times as much")
+    shard_mib: int = Field(128, ge=1, le=4096, description="size of a shard; a task needs 0.5 GiB and 8 shards")
     workers: int = Field(0, ge=0, le=4096, description="Ray tasks at once; 0: in this process, without Ray")
     address: str | None = Field(None, description="of a running Ray cluster; else a local one")
 

@@ -114,11 +114,9 @@ def main() -> None:
         print(f"plain read       {size / 1e6 / seconds:6.0f} MB/s  {particles / seconds:8,.0f} particles/s")
         for box, workers in ((128, 0), (64, 0)):
             found = prepared(star, folder / f"set{box}", box, workers)
-            print(
-                f"{SIDE} -> {box:3d} px     {size / 1e6 / found['wall']:6.0f} MB/s  {particles / found['wall']:8,.0f} "
-                f"particles/s  {found['cpu']:.0f} CPU s ({particles / found['cpu']:,.0f} a CPU second)  peak {found['peak_mib']:.0f} MiB",
-                flush=True,
-            )
+            rates = f"{size / 1e6 / found['wall']:6.0f} MB/s  {particles / found['wall']:8,.0f} particles/s"
+            cost = f"{found['cpu']:.0f} CPU s ({particles / found['cpu']:,.0f} a CPU second)"
+            print(f"{SIDE} -> {box:3d} px     {rates}  {cost}  peak {found['peak_mib']:.0f} MiB", flush=True)
         prepared(star, folder / "killed", 128, 0, max(1, particles // IMAGES_OF_A_SHARD // 2))
         left = len(list((folder / ".killed.preparing").glob("*.parquet")))
         found = prepared(star, folder / "killed", 128, 0)
