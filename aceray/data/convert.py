@@ -102,9 +102,9 @@ def plan_conversion(source: Source, treatment: Treatment, findings: Findings) ->
     table = source.table
     rows = subset_rows(treatment.subset, len(table), treatment.seed)
     lost = refused_by_header(source)
-    refused = tuple((int(table.source_row[row]), lost[row]) for row in rows if row in lost)
+    refused = tuple((int(table.source_row[row]), lost[row]) for row in np.intersect1d(rows, list(lost)).astype(int))
     there = np.array([stack is not None for stack in source.stacks])[table.stack]
-    usable = np.array([row for row in rows if row not in lost], dtype=np.int64) if lost else rows
+    usable = np.setdiff1d(rows, np.array(list(lost), dtype=np.int64))
     usable = usable[there[usable] & np.isfinite(table.pixel_size_angstrom[usable])]
     if len(usable) == 0:
         findings.raise_errors()
@@ -115,9 +115,11 @@ def plan_conversion(source: Source, treatment: Treatment, findings: Findings) ->
     kinds, group = np.unique(np.stack([box, chosen.pixel_size_angstrom.round(6)], axis=1), axis=0, return_inverse=True)
     field = common_field([(int(side), float(size)) for side, size in kinds], treatment.box)
     half = _half_sets(source, chosen, treatment.half)
+    if treatment.keep_poses and chosen.pose is None:
+        findings.errors.append(f"{source.files.path}: has no poses to keep; leave out --poses, or give a file of them.")
+    digest = _digest(source, treatment, chosen)
     if not treatment.keep_poses:
         chosen = chosen.replace(pose=None)
-    digest = _digest(source, treatment)
     return Conversion(treatment, chosen, source.stacks, field, group.ravel(), half, refused, digest)
 
 
@@ -132,15 +134,15 @@ def _half_sets(source: Source, table: ParticleTable, half: Half) -> Int[np.ndarr
     return table.half_set
 
 
-def _digest(source: Source, treatment: Treatment) -> str:
-    """Of everything the dataset depends on: the settings, the input's files, and the sizes of the stacks."""
+def _digest(source: Source, treatment: Treatment, chosen: ParticleTable) -> str:
+    """Of everything the dataset depends on: settings, the input's files, sizes of the stacks, rows and their order."""
     files = source.files
     named = (files.path, *files.passthrough, *(path for path in (files.ctf, files.poses) if path is not None))
     stacks = [None if stack is None else (str(stack.path), stack.path.stat().st_size) for stack in source.stacks]
     listed = [path for path in named if path.suffix in (".star", ".cs", ".txt", ".pkl")]
     contents = [sha256_of_file(path) for path in listed]
     text = json.dumps([_METHOD, dataclasses.asdict(treatment), files.pixel_size_angstrom, contents, stacks])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode() + chosen.source_row.tobytes()).hexdigest()
 
 
 def convert_shard(plan: Conversion, shard: int, first_id: int, folder: Path) -> ConvertedShard:

@@ -109,10 +109,8 @@ def prepare_particles(
     with ResumableWriter(path, plan.layout, plan.sha256, "overwrite" if existing == "overwrite" else "error") as writer:
         plan = _unpacked(plan, writer.work)
         sample = take_sample(plan, findings, source)
-        made = _converted(plan, writer, settings, on_progress)
+        made = _converted(plan, writer, source, settings, on_progress)
         refused = [*plan.refused, *(each for shard in made for each in shard.refused)]
-        if settings.strict and refused:
-            raise DataError(_strict(source, tuple(refused)))
         facts = facts_of_source(opened) | facts_of_conversion(plan, sample)
         report = markdown(facts, findings, refused)
         (writer.folder / "report.md").write_text(report, encoding="utf-8")
@@ -183,6 +181,7 @@ def _unpacked(plan: Conversion, work: Path) -> Conversion:
 def _converted(
     plan: Conversion,
     writer: ResumableWriter,
+    source: str | Path,
     settings: Preparation,
     on_progress: Callable[[SimulationProgress], None] | None,
 ) -> list[ConvertedShard]:
@@ -197,6 +196,8 @@ def _converted(
     tell()
     missing = [shard for shard in range(len(plan.shards)) if shard not in made]
     for shard, converted in _make(plan, missing, made, writer.folder, settings):
+        if settings.strict and converted.refused:
+            raise DataError(_strict(source, converted.refused))
         _write_record(writer, shard, converted)
         made[shard] = converted
         tell()

@@ -147,9 +147,28 @@ def test_bad_images_are_left_out_and_named(star, tmp_path):
     assert "Refused: 6 images" in found.report
     with pytest.raises(DataError, match=r"images would be refused .*leave out --strict"):
         aceray.prepare(star, tmp_path / "strict", strict=True)
+    write_stack(star.with_name("b.mrcs"), some_images(301, seed=301))
+    with pytest.raises(DataError, match=r"images would be refused \(row \d+ (is constant|holds values)"):
+        aceray.prepare(star, tmp_path / "strict", strict=True)
+    os.truncate(star.with_name("b.mrcs"), 1024 + 300 * SIDE * SIDE * 4 - 5)
     checked = aceray.check(star)
     assert len(checked.refused) == 2 and any("will be refused" in text for text in checked.findings.warnings)
     assert list(tmp_path.glob("strict*")) == []
+
+
+def test_poses_that_the_input_does_not_have_cannot_be_kept(tmp_path):
+    path = write_stack(tmp_path / "a.mrcs", some_images(20), pixel_size=2.0)
+    with pytest.raises(DataError, match="has no poses to keep"):
+        aceray.prepare(path, tmp_path / "set", poses="input")
+
+
+def test_another_list_of_rows_is_another_set(star, tmp_path):
+    (tmp_path / "rows.txt").write_text("1 2 3")
+    aceray.prepare(star, tmp_path / "set", subset=str(tmp_path / "rows.txt"))
+    assert sorted(rows_of(tmp_path / "set")["source_row"]) == [1, 2, 3]
+    (tmp_path / "rows.txt").write_text("1 2 4")
+    with pytest.raises(DataError, match="another input"):
+        aceray.prepare(star, tmp_path / "set", existing="keep", subset=str(tmp_path / "rows.txt"))
 
 
 def three_shards(monkeypatch) -> None:
