@@ -182,8 +182,9 @@ def read_original_poses(
         found = particles_from_star(read_star_file(path), findings)
     if found.pose is None:
         raise DataError(f"{path}: lacks poses (rlnAngleRot, alignments3D/pose); give a file with refined poses.")
-    known = dict(zip(zip(table["stack_name"], table["stack_index"], strict=True), table["particle_id"], strict=True))
-    names = [found.stack_names[stack] for stack in found.stack]
+    stacks = table["stack_name"].str.removeprefix(">")
+    known = dict(zip(zip(stacks, table["stack_index"], strict=True), table["particle_id"], strict=True))
+    names = [found.stack_names[stack].removeprefix(">") for stack in found.stack]
     number = np.array([known.get(image, -1) for image in zip(names, found.stack_index.tolist(), strict=True)])
     if (number < 0).any() or len(np.unique(number)) < len(number):
         row = int((number < 0).argmax())
@@ -199,7 +200,9 @@ def read_original_poses(
 def _star_of(original: Original) -> StarFile:
     """A STAR file of RELION 3.1 of what is known: names, half sets, CTFs, one optics group for each microscope."""
     table = original.table
-    rows = pd.DataFrame({"rlnImageName": [table.label(row) for row in range(len(table))]})
+    # cryoSPARC's mark is no part of the name
+    names = [table.label(row).replace("@>", "@") for row in range(len(table))]
+    rows = pd.DataFrame({"rlnImageName": names})
     groups = {"rlnImagePixelSize": table.pixel_size_angstrom}
     if table.ctf is not None:
         for name, ours in DEFOCUS.items():

@@ -113,7 +113,7 @@ def test_the_exported_map_has_its_voxel_size_and_origin(tmp_path):
 
 def test_cryosparc_rows_keep_their_columns(tmp_path):
     write_stack(tmp_path / "a.mrcs", some_images(COUNT, side=24))
-    columns = cs_columns(COUNT) | {"location/micrograph_uid": np.arange(COUNT, dtype=np.uint64) * 7}
+    columns = cs_columns(COUNT, ">a.mrcs") | {"location/micrograph_uid": np.arange(COUNT, dtype=np.uint64) * 7}
     cs = write_cs(tmp_path / "p.cs", columns)
     dataset = aceray.prepare(cs, tmp_path / "set", box=12).path
     folder, _ = finished_run(tmp_path, dataset)
@@ -123,6 +123,12 @@ def test_cryosparc_rows_keep_their_columns(tmp_path):
     for name in before.dtype.names:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     assert after["alignments3D/psize_A"].tolist() == [2.0] * COUNT
+    # both files name the same images, the STAR file without cryoSPARC's mark
+    star = tmp_path / "out" / "poses.star"
+    assert sorted(read_star_file(star).table()["rlnImageName"])[0] == "000001@a.mrcs"
+    by_star, by_cs = (read_original_poses(path, open_particles(dataset)) for path in (star, star.with_suffix(".cs")))
+    torch.testing.assert_close(by_star[0], by_cs[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(by_star[1], by_cs[1], atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
