@@ -16,12 +16,16 @@ import aceray.train as _train_package
 if TYPE_CHECKING:
     from aceray.api import (
         OnProgress,
+        check,
         compare,
         evaluate,
         evaluate_half_maps,
         evaluate_with_oracle,
+        export,
         load_config,
         load_study,
+        predict,
+        prepare,
         score,
         simulate,
         train,
@@ -31,12 +35,16 @@ if TYPE_CHECKING:
     from aceray.folder import Existing, RunResult
 
 __all__ = [
+    "check",
     "compare",
     "evaluate",
     "evaluate_half_maps",
     "evaluate_with_oracle",
+    "export",
     "load_config",
     "load_study",
+    "predict",
+    "prepare",
     "score",
     "simulate",
     "train",

@@ -10,17 +10,25 @@ from aceray.presets import load_config
 from aceray.study import Study, load_study
 
 if TYPE_CHECKING:
+    from aceray.distributed.assign import Predicted
+    from aceray.distributed.convert import Checked, Prepared
+    from aceray.distributed.convert import Existing as ExistingDataset
+    from aceray.distributed.export import Exported
     from aceray.distributed.study_run import StudyResult
     from aceray.folder import Existing, RunResult
 
 __all__ = [
     "OnProgress",
+    "check",
     "compare",
     "evaluate",
     "evaluate_half_maps",
     "evaluate_with_oracle",
+    "export",
     "load_config",
     "load_study",
+    "predict",
+    "prepare",
     "score",
     "simulate",
     "train",
@@ -49,6 +57,44 @@ def simulate(
     return prepare.simulate(config, existing, on_progress)
 
 
+def check(source: str | Path, **options: Any) -> "Checked":
+    """What is in an input of real particles and everything that is wrong with it, before any work is done.
+
+    `options` are those of `aceray.preparation.Preparation`. Nothing is written.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        DataError: the input cannot be read at all.
+    """
+    from aceray.distributed import convert
+    from aceray.preparation import preparation
+
+    return convert.check(source, preparation(**options))
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    existing: "ExistingDataset" = "error",
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> "Prepared":
+    """Make a dataset at `out` of the particles of a .star, .cs, .txt (list of stacks) or stack of another program.
+
+    `options` are those of `aceray.preparation.Preparation`: box, datadir, subset, invert, half, strict, …. A conversion
+    that was stopped goes on when it is called again. `on_progress` is called after every shard.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        DataError: the input is wrong (the first reason; `check` gives all), or the folder cannot be written.
+        ClusterError: Ray cannot be reached or lost a task for good.
+    """
+    from aceray.distributed import convert
+    from aceray.preparation import preparation
+
+    return convert.prepare_particles(source, out, preparation(**options), existing, on_progress)
+
+
 def train(config: Config, existing: "Existing" = "error", on_progress: OnProgress | None = None) -> "RunResult":
     """Train on the dataset at `config.data.path` and evaluate; everything is in the run folder `runs/<name>`.
 
@@ -64,6 +110,46 @@ def train(config: Config, existing: "Existing" = "error", on_progress: OnProgres
     from aceray.distributed import run
 
     return run.run(config, existing, on_progress)
+
+
+def export(run_folder: str | Path, out: str | Path) -> "Exported":
+    """Write volume, half maps, FSC tables and poses of a run to `out` for RELION, cryoSPARC and ChimeraX.
+
+    Poses refer to the original stacks, pixel size and particle names where the dataset was made by `prepare`.
+
+    Raises:
+        DataError: this is no finished run, its dataset is missing, or `out` holds something else.
+    """
+    from aceray.distributed import export as exporting
+
+    return exporting.export_run(run_folder, out)
+
+
+def predict(
+    run_folder: str | Path,
+    source: str | Path,
+    out: str | Path,
+    workers: int = 0,
+    address: str | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> "Predicted":
+    """Assign poses to new particles with the encoder of a run: poses.star, poses.cs and poses.parquet in `out`.
+
+    `source` is a dataset or what `prepare` takes; `options` (datadir, pixel_size, passthrough, ctf) say where its parts
+    are. Images are treated as those the run was trained on. With `workers` the work is done by actors of Ray Data.
+    `on_progress` is called with the `PredictionProgress` of every portion.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        DataError: the run has no checkpoint, or the particles do not fit it.
+        ClusterError: Ray cannot give the workers.
+    """
+    from aceray.distributed import assign, convert
+    from aceray.preparation import preparation
+
+    files = convert.source_files(source, preparation(**options))
+    return assign.predict_poses(run_folder, files, out, workers, address, on_progress)
 
 
 def evaluate(run_folder: str | Path, on_progress: OnProgress | None = None) -> "RunResult":

@@ -5,20 +5,23 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from aceray import api
 from aceray.display import Page, RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
+from aceray.preparation import Preparation
 
 if TYPE_CHECKING:
     from aceray.distributed.study_run import StudyResult
@@ -37,6 +40,23 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="PRESET_OR_KEY=VALUE", help="presets, merged from left to right, and overrides, which win"),
 ]
+
+
+def _with_options(settings: type[BaseModel]) -> Callable[[Callable], Callable]:
+    """Give a command whose last parameter is **options an option for every field of the settings."""
+
+    def extended(command: Callable) -> Callable:
+        own = list(signature(command).parameters.values())[:-1]
+        more = []
+        for name, field in settings.model_fields.items():
+            kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
+            default = list(field.default) if kind == list[str] else field.default
+            option = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=field.description)]
+            more.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option))
+        command.__signature__ = Signature([*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return extended
 
 
 def main() -> None:
@@ -89,6 +109,33 @@ def simulate(
 
 
 @app.command()
+@_with_options(Preparation)
+def prepare(
+    source: Annotated[str, typer.Argument(help="a .star, .cs, .txt (list of stacks), .mrcs or .mrc")],
+    out: Annotated[str | None, typer.Option(help="folder of the dataset")] = None,
+    check: Annotated[bool, typer.Option("--check", help="only look: all that would go wrong, and the fix")] = False,
+    existing: Annotated[
+        Literal["error", "keep", "overwrite"], typer.Option(help="what to do with a dataset that is there already")
+    ] = "error",
+    **options: Any,
+) -> None:
+    """Make a dataset of real particles: of RELION, cryoSPARC or MRC stacks."""
+    with _readable("repeat the command to go on where it stopped"):
+        if check == (out is not None):
+            raise ConfigError("prepare: give either --out, the folder of the dataset, or --check")
+        if check:
+            checked = api.check(source, **options)
+            _print_report(checked.markdown())
+            if checked.findings.errors:
+                raise typer.Exit(USER_ERROR)
+            return
+        with RunDisplay("prepare", "particles") as display:
+            prepared = api.prepare(source, str(out), existing, display.simulated, **options)
+    _print_report(prepared.report)
+    print(f"dataset      {_from_here(prepared.path)}")
+
+
+@app.command()
 def train(
     settings: Settings,
     existing: Annotated[
@@ -138,6 +185,39 @@ def evaluate(
         else:
             result = api.evaluate(run_folder)
     _print_result(result)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
+    out: Annotated[str, typer.Option(help="folder for the files")],
+) -> None:
+    """Write a run's results for RELION, cryoSPARC and ChimeraX: volume, FSC tables, poses of the original particles."""
+    with _readable("to start again, repeat the command"):
+        exported = api.export(run_folder, out)
+    for name, path in exported.paths.items():
+        print(f"{name:12} {_from_here(path)}")
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
+    source: Annotated[str, typer.Argument(help="a dataset, or a .star, .cs, .txt, .mrcs or .mrc")],
+    out: Annotated[str, typer.Option(help="folder for the poses")],
+    workers: Annotated[int, typer.Option(help="Ray actors; 0: in this process, without Ray")] = 0,
+    address: Annotated[str | None, typer.Option(help="of a running Ray cluster; else a local one")] = None,
+    datadir: Annotated[str | None, typer.Option(help="folder that holds the stacks")] = None,
+    pixel_size: Annotated[float | None, typer.Option(help="angstrom; overrules the input's")] = None,
+    passthrough: Annotated[list[str] | None, typer.Option(help="further .cs files of the same particles")] = None,
+) -> None:
+    """Assign poses to new particles with the encoder of a run: STAR, .cs and Parquet."""
+    options = {"datadir": datadir, "pixel_size": pixel_size, "passthrough": tuple(passthrough or ())}
+    with _readable("to start again, repeat the command"), RunDisplay("predict", "particles") as display:
+        found = api.predict(run_folder, source, out, workers, address, display.predicted, **options)
+    for name, path in found.paths.items():
+        print(f"{Path(name).suffix[1:]:12} {_from_here(path)}")
+    left = f", {found.refused:,} images refused" if found.refused else ""
+    print(f"{'particles':12} {found.particles:,}, {found.particles_per_second:,.0f} a second{left}")
 
 
 @app.command()
@@ -215,8 +295,12 @@ def _print_study(result: "StudyResult") -> None:
 
 
 def _print_markdown(path: Path) -> None:
-    """Typeset in a terminal, as it is anywhere else."""
-    text, console = path.read_text(encoding="utf-8"), Console(highlight=False)
+    _print_report(path.read_text(encoding="utf-8"))
+
+
+def _print_report(text: str) -> None:
+    """Markdown: typeset in a terminal, as it is anywhere else."""
+    console = Console(highlight=False)
     if console.is_terminal:
         console.print(Page(text))
     else:

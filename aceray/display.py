@@ -59,6 +59,11 @@ class RunDisplay(_Display):
             self.numbers.plain = "back-projecting the true poses, evaluating, writing the results"
         self.bar.update(self.task, completed=progress.done, total=progress.particles)
 
+    def predicted(self, progress: Any) -> None:
+        """Show how many particles have a pose."""
+        self.numbers.plain = "encoding"
+        self.bar.update(self.task, completed=progress.done, total=progress.particles)
+
     def trained(self, progress: Any) -> None:
         """Show a step; an evaluation also leaves a line."""
         if progress.metrics:

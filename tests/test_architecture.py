@@ -53,5 +53,6 @@ def test_public_names() -> None:
     names = python(
         "import aceray\nprint(all(callable(getattr(aceray, name)) for name in aceray.__all__), aceray.__all__)"
     )
-    expected = "True ['compare', 'evaluate', 'evaluate_half_maps', 'evaluate_with_oracle', "
-    assert names == expected + "'load_config', 'load_study', 'score', 'simulate', 'train', 'tune']"
+    expected = "True ['check', 'compare', 'evaluate', 'evaluate_half_maps', 'evaluate_with_oracle', 'export', "
+    expected += "'load_config', 'load_study', 'predict', 'prepare', 'score', 'simulate', 'train', 'tune']"
+    assert names == expected

@@ -20,6 +20,7 @@ from aceray.config import Config
 from aceray.display import Page, StudyDisplay, TrialRow
 from aceray.distributed.trial import Report, TrialEvent
 from aceray.errors import DataError
+from aceray.preparation import Preparation, preparation
 from aceray.presets import load_config, to_yaml
 from aceray.study import load_study
 
@@ -337,3 +338,64 @@ def test_a_narrow_terminal_shows_whole_names() -> None:
         console.print(Page(f"| trial | resolution | rank |\n|---|---|---|\n{rows}"))
     first = "".join(line.partition(" 2.00")[0].split("  ")[0].strip() for line in shown.get().splitlines())
     assert all(name in first for name in names)
+
+
+class Simulated:
+    """Progress of a conversion."""
+
+    shards_done, shards, particles_done, particles = 1, 2, 10, 20
+
+
+def test_prepare_has_an_option_for_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def prepare(source: str, out: str, existing: str, on_progress: Any, **options: Any) -> SimpleNamespace:
+        seen.extend([source, out, existing, options])
+        on_progress(Simulated())
+        return SimpleNamespace(path=Path("data/80s"), report="# What was found\n\n| box | 360 px |\n")
+
+    monkeypatch.setattr(api, "prepare", prepare)
+    options = ("--box", "128", "--datadir", "d", "--half", "rlnRandomSubset", "--invert", "--passthrough", "a.cs")
+    done = call("prepare", "p.star", "--out", "data/80s", *options, "--passthrough", "b.cs", "--pixel-size", "1.5")
+    assert done.exit_code == 0, done.output
+    assert seen[:3] == ["p.star", "data/80s", "error"]
+    given = preparation(**seen[3])
+    assert (given.box, given.datadir, given.half, given.invert) == (128, "d", "rlnRandomSubset", True)
+    assert given.passthrough == ("a.cs", "b.cs") and given.pixel_size == 1.5
+    # what was not given is what the settings say
+    assert given == Preparation(
+        box=128, datadir="d", half="rlnRandomSubset", invert=True, passthrough=("a.cs", "b.cs"), pixel_size=1.5
+    )
+    assert "| box | 360 px |" in done.stdout and done.stdout.endswith("dataset      data/80s\n")
+
+
+def test_a_check_with_errors_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = SimpleNamespace(errors=["x"])
+    checked = SimpleNamespace(markdown=lambda: "Errors:\n- x: is missing", findings=findings)
+    monkeypatch.setattr(api, "check", lambda source, **options: checked)
+    done = call("prepare", "p.star", "--check")
+    assert done.exit_code == 2 and "is missing" in done.stdout
+    findings.errors = []
+    assert call("prepare", "p.star", "--check").exit_code == 0
+    for wrong in (("--check", "--out", "x"), ()):
+        done = call("prepare", "p.star", *wrong)
+        assert done.exit_code == 2 and "give either --out" in done.stderr
+    assert call("prepare", "nowhere.star", "--out", "x", "--box", "4").stderr.startswith("error: --box: ")
+
+
+def test_export_and_predict_name_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "export", lambda run, out: SimpleNamespace(paths={"volume": Path(out) / "volume.mrc"}))
+    assert call("export", "runs/a", "--out", "o").stdout == "volume       o/volume.mrc\n"
+    seen: list[object] = []
+
+    def predict(*arguments: Any, **options: Any) -> SimpleNamespace:
+        seen.extend([*arguments[:5], options])
+        arguments[5](SimpleNamespace(done=1, particles=2))
+        paths = {"poses.star": Path("o/poses.star")}
+        return SimpleNamespace(paths=paths, particles=1234, refused=2, particles_per_second=5678.9)
+
+    monkeypatch.setattr(api, "predict", predict)
+    done = call("predict", "runs/a", "p.cs", "--out", "o", "--workers", "2", "--passthrough", "q.cs")
+    assert done.exit_code == 0, done.output
+    assert seen == ["runs/a", "p.cs", "o", 2, None, {"datadir": None, "pixel_size": None, "passthrough": ("q.cs",)}]
+    assert done.stdout == "star         o/poses.star\nparticles    1,234, 5,679 a second, 2 images refused\n"

@@ -37,6 +37,13 @@ TRUTH_UNITS = {
     "true_origin_x_angstrom": "angstrom, minus the content's shift along x",
     "true_origin_y_angstrom": "angstrom, minus the content's shift along y",
 }
+# only in sets of real particles: how their own program knows them
+IDENTITY_UNITS = {
+    "stack_name": "stack as the input names it",
+    "stack_index": "position in the stack, from 0",
+    "source_row": "row of the input, from 0",
+}
+_IDENTITY_TYPES = (pa.string(), pa.int64(), pa.int64())
 OBSERVED_COLUMNS = ("image", "particle_id", "half_set", *CTF_UNITS)
 TRUTH_COLUMNS = tuple(TRUTH_UNITS)
 
@@ -59,6 +66,13 @@ def particle_schema(layout: ImageLayout) -> pa.Schema:
         *(pa.field(name, pa.float64(), metadata={"unit": unit}) for name, unit in TRUTH_UNITS.items()),
     ]
     return pa.schema(fields, metadata={"pixel_size_angstrom": repr(layout.pixel_size_angstrom)})
+
+
+def with_identity(schema: pa.Schema) -> pa.Schema:
+    """The schema of a shard of real particles: with the columns of IDENTITY_UNITS."""
+    for (name, unit), kind in zip(IDENTITY_UNITS.items(), _IDENTITY_TYPES, strict=True):
+        schema = schema.append(pa.field(name, kind, nullable=False, metadata={"unit": unit}))
+    return schema
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class ParticleSet:
             if self.half_set is not None:
                 table = table.filter(pc.equal(table["half_set"], pa.scalar(self.half_set, pa.int8())))
             tables.append(table.select(list(columns)))
-        empty = particle_schema(self.manifest.layout).empty_table().select(list(columns))
+        empty = self._schema.empty_table().select(list(columns))
         return pa.concat_tables([empty, *tables])
 
     def _read_shard(self, index: int, groups: list[int], columns: list[str]) -> pa.Table:
@@ -148,7 +162,11 @@ class ParticleSet:
         except (OSError, pa.ArrowException, EOFError) as error:
             raise DataError(f"{path}: the shard is damaged ({error}); restore it or make the dataset again.") from error
         # the schema of our own version, so that tables of all shards can be joined
-        return table.cast(pa.schema([particle_schema(self.manifest.layout).field(name) for name in columns]))
+        return table.cast(pa.schema([self._schema.field(name) for name in columns]))
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return with_identity(particle_schema(self.manifest.layout))
 
     def _check_schema(self, file: pq.ParquetFile, shard: Shard, path: Path) -> None:
         expected = particle_schema(self.manifest.layout)

@@ -3,7 +3,6 @@
 import io
 import pickle
 import re
-import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -15,29 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from aceray.data.cryosparc import read_record_array
 from aceray.data.manifest import Manifest
 from aceray.data.particles import CTF_UNITS, ParticleSet
+from aceray.data.star import ANGLES, DEFOCUS, MICROSCOPE, OLD_ORIGINS, ORIGINS, joined, read_star_file
 from aceray.data.storage import storage_error, written_atomically
 from aceray.em.rotation import relion_from_rotation, rotation_from_relion, rotation_from_vector
 from aceray.errors import DataError
 
-_PARTICLE_COLUMNS = {
-    "rlnAngleRot": "rot_deg",
-    "rlnAngleTilt": "tilt_deg",
-    "rlnAnglePsi": "psi_deg",
-    "rlnOriginXAngst": "origin_x_angstrom",
-    "rlnOriginYAngst": "origin_y_angstrom",
-    "rlnDefocusU": "defocus_u_angstrom",
-    "rlnDefocusV": "defocus_v_angstrom",
-    "rlnDefocusAngle": "astigmatism_deg",
-    "rlnPhaseShift": "phase_shift_deg",
-}
-_OPTICS_COLUMNS = {
-    "rlnVoltage": "voltage_kv",
-    "rlnSphericalAberration": "spherical_aberration_mm",
-    "rlnAmplitudeContrast": "amplitude_contrast",
-}
-_OLD_ORIGINS = {"rlnOriginX": "origin_x_angstrom", "rlnOriginY": "origin_y_angstrom"}
+_PARTICLE_COLUMNS = ANGLES | ORIGINS | DEFOCUS
+_OPTICS_COLUMNS = MICROSCOPE
 
 _ROTATION_TOLERANCE = 1e-2
 
@@ -98,7 +84,7 @@ def read_star(path: Path | str, names: Collection[str]) -> dict[str, Float[Tenso
     in pixels, of such files too, are turned into angstrom where rlnImagePixelSize is stated. Raises DataError when the
     file is missing, is no STAR file, refers to an optics group that it does not describe, or lacks the pixel size.
     """
-    return _known_columns(path, _joined(Path(path)), names)
+    return _known_columns(path, joined(read_star_file(Path(path))), names)
 
 
 def read_poses(
@@ -124,7 +110,7 @@ def read_poses_star(
     several stacks. Raises DataError when the file is missing or no STAR file, has no angles, or its rows cannot be
     assigned to particles.
     """
-    table = _joined(Path(path))
+    table = joined(read_star_file(Path(path)))
     columns = _known_columns(path, table, [*_PARTICLE_COLUMNS.values()][:5])
     missing = [name for name, ours in list(_PARTICLE_COLUMNS.items())[:3] if ours not in columns]
     if missing:
@@ -147,7 +133,7 @@ def read_poses_cs(
     the file states none. Rows are particles by blob/idx (from 0), or by their order where the file has none or several
     stacks. Raises DataError when the file is missing or of another kind, or its rows cannot be assigned.
     """
-    table = _record_array(Path(path))
+    table = read_record_array(Path(path))
     names = table.dtype.names or ()
     if "alignments_class_1/pose" in names:
         raise DataError(f"{path}: holds poses in several classes; give the particles of one class.")
@@ -172,18 +158,6 @@ def read_poses_cs(
     return rotation[order].float(), -shift[order].float(), number
 
 
-def _record_array(path: Path) -> np.ndarray:
-    try:
-        table = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise storage_error(path, error, "read") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile):
-        table = None
-    if not isinstance(table, np.ndarray) or table.dtype.names is None or table.ndim != 1 or len(table) == 0:
-        raise DataError(f"{path}: is no cryoSPARC particle file, a NumPy record array; export it again.")
-    return table
-
-
 def read_poses_pkl(
     path: Path | str, manifest: Manifest
 ) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Int[Tensor, "n"]]:
@@ -193,7 +167,7 @@ def read_poses_pkl(
     is minus that. Rows are the particles in their order. Nothing but arrays and tuples is unpickled. Raises DataError
     when the file is missing, holds anything else, or not one pose for each particle.
     """
-    parts = _unpickle_arrays(Path(path))
+    parts = unpickle_arrays(Path(path))
     count = len(parts[0]) if parts[0].ndim == 3 else manifest.particles
     number = _numbers_by_order(path, count, "particle numbers", manifest.particles)
     rotation = _finite(path, "the rotations", parts[0], (count, 3, 3))
@@ -264,7 +238,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _STAND_INS[module, name]
 
 
-def _unpickle_arrays(path: Path) -> list[np.ndarray]:
+def unpickle_arrays(path: Path) -> list[np.ndarray]:
     """The array of a pickle, or those of its tuple. Raises DataError for anything else."""
     try:
         content = path.read_bytes()
@@ -326,7 +300,7 @@ def _checked_numbers(
 def _known_columns(path: Path | str, particles: pd.DataFrame, names: Collection[str]) -> dict[str, Float[Tensor, "n"]]:
     known = _PARTICLE_COLUMNS | _OPTICS_COLUMNS
     found = {ours: particles[name] for name, ours in known.items() if name in particles and ours in names}
-    for name, ours in _OLD_ORIGINS.items():
+    for name, ours in OLD_ORIGINS.items():
         if name in particles and ours in names and ours not in found:
             if "rlnImagePixelSize" not in particles:
                 raise DataError(f"{path}: {name} is in pixels and no rlnImagePixelSize is given; convert the file.")
@@ -335,29 +309,3 @@ def _known_columns(path: Path | str, particles: pd.DataFrame, names: Collection[
         return {ours: torch.from_numpy(np.array(values, dtype=np.float64)) for ours, values in found.items()}
     except ValueError as error:
         raise DataError(f"{path}: a column holds something else than numbers ({error}); correct the file.") from error
-
-
-def _joined(path: Path) -> pd.DataFrame:
-    """The particle table with the columns of its optics groups."""
-    try:
-        blocks: dict[str, Any] = dict(starfile.read(path, always_dict=True))  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        raise storage_error(path, error, "read") from error
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read as a STAR file ({error}); check it.") from error
-    tables = {name: pd.DataFrame(block) if isinstance(block, pd.DataFrame) else None for name, block in blocks.items()}
-    optics = blocks.get("optics")
-    particles = tables.get("particles")
-    if particles is None and len(tables) == 1:
-        particles = next(iter(tables.values()))
-    if particles is None:
-        raise DataError(f"{path}: holds no block data_particles; aceray needs a particle STAR file.")
-    if optics is None:
-        return particles
-    optics = pd.DataFrame(optics if isinstance(optics, pd.DataFrame) else [optics]).set_index("rlnOpticsGroup")
-    if "rlnOpticsGroup" not in particles:
-        raise DataError(f"{path}: block data_particles lacks the column rlnOpticsGroup; write the file again.")
-    unknown = sorted(set(particles["rlnOpticsGroup"]) - set(optics.index))
-    if unknown:
-        raise DataError(f"{path}: optics group {unknown[0]} is used but not in data_optics; correct the file.")
-    return particles.join(optics[[name for name in optics if name not in particles]], on="rlnOpticsGroup")

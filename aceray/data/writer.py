@@ -1,5 +1,6 @@
 """Writing particle datasets: into a hidden sibling folder that takes the final name when it is complete."""
 
+import fcntl
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from aceray.data.manifest import MANIFEST_NAME, ImageLayout, Manifest, Shard, StoredFile
 from aceray.data.mrc import write_volume
-from aceray.data.particles import ParticleSet, open_particles, particle_schema
+from aceray.data.particles import ParticleSet, open_particles, particle_schema, with_identity
 from aceray.data.storage import flush_to_disk, hidden_sibling, sha256_of_file, storage_error, written_atomically
 from aceray.em.formation import background_std
 from aceray.errors import DataError
@@ -29,7 +30,10 @@ ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 256 * 2**20
 TRUTH_VOLUME_NAME = "truth.mrc"
 
-_OWN_FILE = re.compile(r"manifest\.json|truth\.mrc|particles-\d{5,}\.parquet")
+_OWN_FILE = re.compile(
+    r"manifest\.json|truth\.mrc|particles-\d{5,}\.parquet"
+    r"|source\.(star|cs|txt)|refused\.csv|report\.md|(particles|power_spectra|defocus|view_directions)\.png"
+)
 
 
 @dataclass(frozen=True)
@@ -50,36 +54,60 @@ def write_shard(
 ) -> WrittenShard:
     """Write images and their columns (`particle_id`, `half_set`, CTF, truth; absent ones become null) as one shard.
 
+    Shards of real particles also have the columns of IDENTITY_UNITS.
+
     Safe to call from several processes with different indices. Raises DataError when the disk refuses, or a pixel is
     not finite in the stored type.
     """
     path = folder / f"particles-{index:05d}.parquet"
-    pixels = np.ascontiguousarray(images.numpy(), dtype=np.float32)
-    with np.errstate(over="ignore"):
-        pixels = pixels.astype(f"<{np.dtype(layout.image_dtype).str[1:]}")
-    if not np.isfinite(pixels).all():
+    # torch converts to float16 with vector instructions, NumPy one number after the other
+    stored = images.float().to(getattr(torch, layout.image_dtype)).contiguous()
+    if not torch.isfinite(stored).all():
         largest = float(images.abs().max())
         raise DataError(f"{path}: pixels up to {largest:.3g} do not fit {layout.image_dtype}; rescale or use float32.")
+    pixels = stored.numpy().astype(f"<{np.dtype(layout.image_dtype).str[1:]}", copy=False)
     schema = particle_schema(layout)
+    if "source_row" in columns:
+        schema = with_identity(schema)
     image = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(pixels), [None, pa.py_buffer(pixels)])
     arrays = [image]
     for field in list(schema)[1:]:
         values = columns.get(field.name)
         arrays.append(pa.nulls(len(pixels), field.type) if values is None else pa.array(values, field.type))
+    shard = _write_table(path, pa.Table.from_arrays(arrays, schema=schema))
+    # measured on what was stored, rounding included
+    measured = background_std(stored.float())
+    return WrittenShard(shard, float(measured) ** 2)
+
+
+def renumber_shard(folder: Path, written: WrittenShard, first_id: int) -> WrittenShard:
+    """Write a shard again with its particles numbered from `first_id` on: the bytes `write_shard` would have written.
+
+    Raises DataError when the shard is damaged or the disk refuses.
+    """
+    path = folder / written.shard.file
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, memory_map=False)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: the shard is damaged ({error}); delete it and repeat the command.") from error
+    identifiers = pa.array(np.arange(first_id, first_id + len(table)), pa.int64())
+    position = table.schema.get_field_index("particle_id")
+    table = table.set_column(position, table.schema.field(position), identifiers)
+    return WrittenShard(_write_table(path, table), written.background_variance)
+
+
+def _write_table(path: Path, table: pa.Table) -> Shard:
     with written_atomically(path) as temporary:
         pq.write_table(
-            pa.Table.from_arrays(arrays, schema=schema),
+            table,
             temporary,
             row_group_size=ROWS_PER_GROUP,
             compression="none",
             use_dictionary=False,
             write_page_checksum=True,
         )
-    groups = math.ceil(len(pixels) / ROWS_PER_GROUP)
-    shard = Shard(path.name, path.stat().st_size, sha256_of_file(path), len(pixels), groups)
-    # measured on what was stored, rounding included
-    measured = background_std(torch.from_numpy(pixels.astype(np.float32)))
-    return WrittenShard(shard, float(measured) ** 2)
+    groups = math.ceil(len(table) / ROWS_PER_GROUP)
+    return Shard(path.name, path.stat().st_size, sha256_of_file(path), len(table), groups)
 
 
 class ParticleWriter:
@@ -173,6 +201,74 @@ class ParticleWriter:
             os.rename(previous, self.path)
             raise
         shutil.rmtree(previous, ignore_errors=True)
+
+
+class ResumableWriter(ParticleWriter):
+    """A ParticleWriter whose unfinished work is found again: `key` says what is being made.
+
+    The shards are in `.NAME.preparing` beside `path`, what is known of them in `work` (`.NAME.preparing.work`), which
+    the caller fills. Leaving without `finish` keeps both. Raises DataError on entering when another process is writing
+    there, or when the unfinished work has another key; existing="overwrite" throws that away.
+    """
+
+    def __init__(
+        self, path: Path | str, layout: ImageLayout, key: str, existing: Literal["error", "overwrite"] = "error"
+    ) -> None:
+        super().__init__(path, layout, existing)
+        self.key = key
+        self.folder = self.path.with_name(f".{self.path.name}.preparing")
+        self.work = self.folder.with_name(f"{self.folder.name}.work")
+        self._lock: int | None = None
+
+    def __enter__(self) -> "ResumableWriter":
+        check_replaceable(self.path, self.existing)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.work, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._release()
+            raise DataError(f"{self.path}: another process is writing this dataset; wait for it.") from error
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        try:
+            self._take_over()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _take_over(self) -> None:
+        """Keep what is left of the same work, throw other work away or refuse it."""
+        marker = self.work / "key"
+        if marker.exists() and marker.read_text() != self.key:
+            if self.existing == "error":
+                raise DataError(
+                    f"{self.folder}: holds an unfinished conversion of other settings or files; repeat the command "
+                    "that began it, delete the folder, or --existing overwrite."
+                )
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for left in self.work.iterdir():
+                left.unlink()
+        self.folder.mkdir(exist_ok=True)
+        with written_atomically(marker) as temporary:
+            temporary.write_text(self.key)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def finish(self, source: dict[str, Any]) -> ParticleSet:
+        """As ParticleWriter.finish; what was known of the work is deleted after the folder has its name."""
+        particles = super().finish(source)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return particles
 
 
 def check_replaceable(path: Path, existing: Literal["error", "overwrite"]) -> None:

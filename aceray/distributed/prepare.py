@@ -2,10 +2,10 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from aceray.config import Config, Resources, Simulation
 from aceray.data.manifest import ImageLayout
@@ -16,6 +16,8 @@ from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
 
 # Below this Ray takes longer to start than the images to compute: 32,768 images of 32 px, 2,048 of 128 px.
 _PIXELS_WORTH_RAY = 2**25
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,34 @@ def _make_shard(planned: Plan, shard: int, folder: Path, layout: ImageLayout) ->
 
 def _make_shards_on_ray(planned: Plan, folder: Path, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
     """Shards in the order in which the cluster finishes them."""
+    layout, shards = planned.recipe.layout, range(len(planned.recipe.shards))
+    arguments = {shard: (shard, folder, layout) for shard in shards}
+    return results_of_tasks(_make_shard, planned, arguments, resources.address, len(arguments))
+
+
+def results_of_tasks(
+    function: Callable[..., Made], plan: Any, arguments: Mapping[int, tuple], address: str | None, at_once: int
+) -> Iterator[tuple[int, Made]]:
+    """`function(plan, *arguments[key])` by Ray tasks of a core each, so many at once; key and result as they come.
+
+    Raises:
+        AcerayError: what a task raised.
+        ClusterError: Ray cannot be reached or lost a task for good.
+    """
     import ray
 
     from aceray.distributed.cluster import connect
 
-    with connect(resources.address):
-        task = ray.remote(_make_shard).options(num_cpus=1)
-        stored = ray.put(planned)
-        layout = planned.recipe.layout
-        running = {task.remote(stored, shard, folder, layout): shard for shard in range(len(planned.recipe.shards))}
+    with connect(address):
+        task = ray.remote(function).options(num_cpus=1)
+        stored = ray.put(plan)
+        waiting = list(reversed(arguments))
+        running: dict[Any, int] = {}
         try:
-            while running:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    key = waiting.pop()
+                    running[task.remote(stored, *arguments[key])] = key
                 ready, _ = ray.wait(list(running), num_returns=1)
                 yield running.pop(ready[0]), _result(ready[0])
         finally:
@@ -138,7 +157,7 @@ def _make_shards_on_ray(planned: Plan, folder: Path, resources: Resources) -> It
             ray.wait(list(running), num_returns=len(running), timeout=30) if running else None
 
 
-def _result(reference: Any) -> WrittenShard:
+def _result(reference: Any) -> Any:
     import ray
     import ray.exceptions
 
@@ -150,4 +169,4 @@ def _result(reference: Any) -> WrittenShard:
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ClusterError(f"Ray lost a task that simulates images ({reason}); check the nodes' memory.") from error
+        raise ClusterError(f"Ray lost a task that makes a shard ({reason}); check the nodes' memory.") from error

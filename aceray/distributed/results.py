@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import torch
 
 from aceray.config import Config
+from aceray.data import original
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
-from aceray.data.pose_files import read_poses, write_poses_star
+from aceray.data.pose_files import read_poses
 from aceray.data.storage import written_atomically
 from aceray.distributed.share import Share
 from aceray.em.fourier import HalfDisc
@@ -57,7 +58,7 @@ def write_results(
     write_volume(folder.volume, volume, pixel_size_angstrom)
     of_halves = _write_halves(folder, shares[0], pixel_size_angstrom)
     write_poses(folder, poses, manifest.pixel_size_angstrom)
-    write_poses_star(folder.poses_star, poses.rotation, poses.shift_px, particles)
+    original.write_poses(folder.poses_star, particles, poses.rotation, poses.shift_px)
     if evaluation.volume is not None:
         _write_table(folder.fsc, evaluation.volume.fsc.columns())
     # another volume than the one that was compared
@@ -132,7 +133,10 @@ def score_files(dataset: str | Path, poses: str | Path, volume: str | Path) -> d
     manifest, truth, true_volume = particles.manifest, particles.read_truth(), particles.read_truth_volume()
     if truth is None and true_volume is None:
         raise DataError(f"{particles.path}: holds neither true poses nor a true volume to compare with")
-    rotation, shift_px, number = read_poses(poses, manifest)
+    if manifest.source.get("kind") == "prepared":
+        rotation, shift_px, number = original.read_original_poses(poses, particles)
+    else:
+        rotation, shift_px, number = read_poses(poses, manifest)
     predicted, pixel_size_angstrom = read_volume(volume)
     field, ours = pixel_size_angstrom * predicted.shape[-1], manifest.pixel_size_angstrom * manifest.box
     if abs(field - ours) > FIELD_TOLERANCE * ours:
