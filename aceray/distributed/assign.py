@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aceray.build import build_trainer, lane_count, row_groups_of_lanes
+from aceray.build import build_trainer, lane_count, row_groups_of_lanes, training_box
 from aceray.config import Config
 from aceray.data.convert import Conversion, Treatment, plan_conversion, treated_images
 from aceray.data.manifest import Manifest
@@ -127,7 +127,7 @@ class Predictor:
 
 def _restored(config: Config, training: ParticleSet, checkpoint: tuple[Any, Any], device: str) -> AutoEncoder:
     """The model of a checkpoint, with the batch normalisation of the first particles of its own training set."""
-    lanes, box = lane_count(config), config.data.box or training.manifest.box
+    lanes, box = lane_count(config), training_box(config, training.manifest.box)
     groups = row_groups_of_lanes(training, [0], lanes)[:_CALIBRATION_GROUPS]
     trainer = build_trainer(config, training, read_here(training, groups, box), world_size=lanes, device=device)
     model, few = trainer.model, trainer.sampler.particles
@@ -160,7 +160,7 @@ def predict_poses(
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
     config = load_config(str(folder.config))
     manifest = open_particles(config.data.path, config.data.half_set).manifest
-    opened = _opened(source, manifest, config.data.box or manifest.box)
+    opened = _opened(source, manifest, training_box(config, manifest.box))
     target = own_folder(out, _FILES)
     portions = opened.portions()
     count = opened.particles.manifest.particles if isinstance(opened, FromDataset) else len(opened.plan.table)
