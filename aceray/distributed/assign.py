@@ -132,7 +132,8 @@ def _restored(config: Config, training: ParticleSet, checkpoint: tuple[Any, Any]
     trainer = build_trainer(config, training, read_here(training, groups, box), world_size=lanes, device=device)
     model, few = trainer.model, trainer.sampler.particles
     scaled_by = float(model.signal_std)
-    trainer.restore(*checkpoint)
+    tensors, metadata = checkpoint
+    trainer.restore(tensors, {"step": metadata["step"] - metadata.get("rounds", 0)})
     # scaled with what these few particles say; the run's scale is that of all of them
     few.scaled(scaled_by / float(model.signal_std))
     calibrate_normalisation(model, few.take(trainer.sampler.lanes[0].rows))

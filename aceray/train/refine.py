@@ -51,8 +51,8 @@ class Round:
 class PoseTable:
     """Poses of a worker's particles; shifts in pixels of the stored images.
 
-    energy is that of the round that gave the pose, over the sum of the weights: 1 for an empty map, the share of an
-    image's power that is left unexplained, all shells alike.
+    energy is that of the round that gave the pose, over the number of coefficients (k and -k): about 1 for an empty map,
+    the share of an image's power that is left unexplained, all shells alike.
     """
 
     rotation: Float[Tensor, "n 3 3"]
@@ -214,7 +214,7 @@ class Refiner:
             reconstruction.insert(images, found, self._half[rows])
             parts.append(found)
         found = Matches.concatenate(parts)
-        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / reference.weight.sum())
+        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.disc.weight[reference.index].sum())
         moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
         moved, energy = _means(moved, new.energy)
         return replace(state, done=state.done + 1, table=new, maps=reconstruction.maps(), moved=moved, energy=energy)

@@ -100,9 +100,22 @@ def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
     particles, rotation, shift = particles_and_poses(150)
     source = refiner(particles, [Round(BOX, 2, 5.0, 1.0), Round(BOX, 2), Round(BOX, 2)])
     states = list(source.run(rough(rotation, shift)))
+    assert all(0 < state.energy < 1 for state in states)
     *_, again = source.run(replace(states[0], maps=None))
     assert_close(again.table.rotation, states[-1].table.rotation, rtol=0, atol=0)
     assert_close(source.with_maps(replace(states[-1], maps=None)).maps.joint, states[-1].maps.joint)  # type: ignore[union-attr]
+
+
+def test_energy_is_the_share_left_unexplained_whatever_the_units() -> None:
+    particles, rotation, shift = particles_and_poses(150)
+    louder = replace(particles, coefficients=10 * particles.coefficients)
+    energies = [
+        list(refiner(each, [Round(BOX, 2)] * 2).run(rough(rotation, shift)))[-1].energy for each in (particles, louder)
+    ]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-3)
+    noise = replace(particles, coefficients=torch.randn(150, len(DISC), dtype=torch.complex64))
+    *_, nothing = refiner(noise, [Round(BOX, 1)]).run(rough(rotation, shift))
+    assert 0.6 < nothing.energy < 1.1
 
 
 def test_without_a_spread_shifts_stay() -> None:
