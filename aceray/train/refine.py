@@ -51,8 +51,8 @@ class Round:
 class PoseTable:
     """Poses of a worker's particles; shifts in pixels of the stored images.
 
-    energy is that of the round that gave the pose, over the number of coefficients (k and -k): about 1 for an empty map,
-    the share of an image's power that is left unexplained, all shells alike.
+    energy is that of the round that gave the pose, over the number of coefficients (k and -k): the share of an image's
+    power that is left unexplained, all shells alike, and about 1 for an empty map.
     """
 
     rotation: Float[Tensor, "n 3 3"]

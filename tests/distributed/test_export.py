@@ -142,7 +142,8 @@ def trained(tmp_path_factory):
     aceray.prepare(star, path / "set")
     result = aceray.train(
         aceray.load_config(
-            f"data.path={path / 'set'}", f"runs={path / 'runs'}", "name=r", "tracking.enabled=false", "train.steps=30", "refine=null",
+            f"data.path={path / 'set'}", f"runs={path / 'runs'}", "name=r", "tracking.enabled=false", "train.steps=30",
+            "refine=null",
             "train.batch=32", "encoder.width=32", "encoder.depth=2", "optim.warmup_steps=5", "train.threads=1",
             "data.shift_sigma_fraction=0.02",
         )
