@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from aceray.data.source import Source, SourceFiles, open_source
 from aceray.data.stacks import open_stack, unpack
 from aceray.data.storage import written_atomically
 from aceray.data.writer import ResumableWriter, WrittenShard, renumber_shard
-from aceray.distributed.prepare import SimulationProgress, results_of_tasks
+from aceray.distributed.prepare import SimulationProgress, aceray_version, results_of_tasks
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import DataError
 from aceray.preparation import Preparation
@@ -290,10 +289,6 @@ def _copy_original(folder: Path, source: Source) -> str | None:
 def _origin(source: Source, plan: Conversion, original: str | None, refused: int) -> dict[str, Any]:
     """What the manifest says about where the images come from."""
     found = [stack for stack in source.stacks if stack is not None]
-    try:
-        version = importlib.metadata.version("aceray")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
     return {
         "kind": "prepared",
         "input": str(source.files.path.absolute()),
@@ -304,5 +299,5 @@ def _origin(source: Source, plan: Conversion, original: str | None, refused: int
         "treatment": dataclasses.asdict(plan.treatment),
         "refused": refused,
         "recipe_sha256": plan.sha256,
-        "aceray": version,
+        "aceray": aceray_version(),
     }

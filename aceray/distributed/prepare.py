@@ -88,18 +88,22 @@ def _is_kept(path: Path, digest: str) -> bool:
     return True
 
 
+def aceray_version() -> str:
+    """What made a dataset, for its manifest."""
+    try:
+        return importlib.metadata.version("aceray")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def _source(planned: Plan, digest: str) -> dict[str, Any]:
     """What the manifest says about where the images come from."""
-    try:
-        version = importlib.metadata.version("aceray")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
     return {
         "kind": "simulated",
         "molecule": planned.molecule,
         "recipe": dataclasses.asdict(planned.recipe),
         "recipe_sha256": digest,
-        "aceray": version,
+        "aceray": aceray_version(),
     }
 
 

@@ -117,7 +117,7 @@ def _refined_share(trainer: Trainer, refiner: Refiner, refined: Refined) -> Shar
     if refined.maps is None:
         refined = refiner.with_maps(refined)
     assert refined.maps is not None
-    trainer.predict()  # sets the encoder up for its scores
+    trainer.calibrate()
     poses = _poses(refiner, refined)
     halves = (refined.maps.halves[0].cpu(), refined.maps.halves[1].cpu())
     return Share(poses, refined.maps.joint.cpu(), trainer.scores() | refined.metrics, halves)

@@ -37,7 +37,11 @@ class BackProjection:
         shift_px = torch.zeros_like(rotation[:, 0, :2]) if shift_px is None else shift_px
         if self.numerator.device.type == "cpu":
             self._insert_on_cpu(coefficients, rotation, ctf, shift_px)
-            return
+        else:
+            self._insert_anywhere(coefficients, rotation, ctf, shift_px)
+
+    def _insert_anywhere(self, coefficients: Tensor, rotation: Tensor, ctf: Tensor | None, shift_px: Tensor) -> None:
+        """By the tensor code that the compiled loop is tested against."""
         ctf = torch.ones_like(coefficients.real) if ctf is None else ctf
         points = self.disc.frequency @ rotation[..., :2, :]
         centred = coefficients * shift_phase(self.disc, -shift_px)
@@ -63,10 +67,9 @@ class BackProjection:
     def mean_denominator(self) -> Float[Tensor, "s"]:
         """Mean of the denominator over the nodes of each shell."""
         shell = self._shells()
-        total = torch.zeros(self.disc.box // 2 + 1, device=shell.device).double()
-        count = torch.zeros_like(total).index_add_(0, shell.flatten(), torch.ones_like(total[shell.flatten()]))
-        folded = _hermitian(self.denominator.to(self.numerator.dtype)).real
-        return (total.index_add_(0, shell.flatten(), folded.flatten().double()) / count.clamp_min(1)).float()
+        folded = _hermitian(self.denominator.to(self.numerator.dtype)).real.double()
+        total = torch.bincount(shell.flatten(), folded.flatten(), minlength=self.disc.box // 2 + 1)
+        return (total / torch.bincount(shell.flatten(), minlength=len(total)).clamp_min(1)).float()
 
     def volume(self, inverse_ssnr: Float[Tensor, "s"]) -> Float[Tensor, "d d d"]:
         """Volume numerator / (denominator + inverse_ssnr[shell]), one value of noise over signal power per shell.

@@ -3,7 +3,7 @@
 Sampling a transform is bound by memory, not by arithmetic: one visit of the eight nodes about a point gives the value,
 its gradient and all that a Gauss-Newton step needs of it, where a chain of tensor operations visits them once for each
 slope and writes every intermediate result. The tensor code in `em/projection.py`, `em/backprojection.py` and
-`train/search.py` computes the same, serves other devices and is what these loops are tested against.
+`train/energy.py` computes the same, serves other devices and is what these loops are tested against.
 
 Arrays are NumPy's, single precision. A volume is the padded transform as complex numbers, axes kz, ky from -m/2 to m/2
 and kx from 0 to m/2. The loops release the interpreter's lock: threads may share the images among them. Types are not

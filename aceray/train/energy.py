@@ -50,10 +50,11 @@ class Images:
 class Reference:
     """A volume's padded transform and the frequencies (x, y), in cycles per box, at which images are compared with it.
 
-    `index` says which of the half disc's frequencies they are. Shifts are not refined where shift_penalty is None.
+    The transform is complex for the compiled loops of a CPU, two channels for the tensor code of other devices. `index`
+    says which of the half disc's frequencies they are. Shifts are not refined where shift_penalty is None.
     """
 
-    transform: Complex[Tensor, "m m h"]
+    transform: Complex[Tensor, "m m h"] | Float[Tensor, "2 m m h"]
     box: int
     frequency: Float[Tensor, "p 2"]
     weight: Float[Tensor, " p"]
@@ -74,9 +75,8 @@ class Reference:
 
     def slices(self, rotation: Float[Tensor, "*b 3 3"]) -> Complex[Tensor, "*b p"]:
         """Projections at the rotations, in the orthonormal convention of the images."""
-        if self.transform.is_cuda:
-            points = self.frequency @ rotation[..., :2, :]
-            return sample_transform(torch.view_as_real(self.transform).movedim(-1, 0).contiguous(), points, self.box)
+        if not self.transform.is_complex():
+            return sample_transform(self.transform, self.frequency @ rotation[..., :2, :], self.box)
         flat = rotation.reshape(-1, 3, 3).contiguous()
         slices = torch.empty(len(flat), len(self.frequency), dtype=torch.complex64)
         volume, grid = self.transform.numpy(), self.grid
@@ -102,7 +102,8 @@ def make_reference(
 ) -> Reference:
     """Reference of a volume at all frequencies of the half disc, weighted by the disc unless otherwise."""
     index = torch.arange(len(disc), device=disc.radius.device)
-    transform = torch.complex(*padded_transform(volume, pad))
+    transform = padded_transform(volume, pad)
+    transform = torch.complex(*transform) if transform.device.type == "cpu" else transform
     weight = disc.weight if weight is None else weight
     return Reference(transform, disc.box, disc.frequency, weight, index, shift_penalty)
 
@@ -198,7 +199,7 @@ def _gauss_newton_step(at: _Model, damping: Float[Tensor, " n"]) -> Float[Tensor
 
 def _model(reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, image_of: Tensor) -> _Model:
     """The model at n poses, with the shifts' prior; shifts stay where they are if they are not refined."""
-    expand = _model_on_cpu if rotation.device.type == "cpu" else _model_by_differences
+    expand = _model_on_cpu if reference.transform.is_complex() else _model_by_differences
     at = expand(reference, images, rotation, shift_px, image_of)
     penalty = reference.shift_penalty
     if penalty is None:

@@ -115,13 +115,17 @@ class Trainer:
 
     def predict(self) -> Poses:
         """Poses of all particles of this worker."""
-        particles = self.sampler.particles
-        calibrate_normalisation(self.model, particles.take(self.sampler.lanes[0].rows[:_CALIBRATION_PARTICLES]))
+        self.calibrate()
+        return predict(self.model, self.sampler.particles, self.plan.stored_box)
+
+    def calibrate(self) -> None:
+        """Set the encoder up for inference on real images, alike on all workers."""
+        rows = self.sampler.lanes[0].rows[:_CALIBRATION_PARTICLES]
+        calibrate_normalisation(self.model, self.sampler.particles.take(rows))
         broadcast_from_first(list(self.model.buffers()))
-        return predict(self.model, particles, self.plan.stored_box)
 
     def scores(self) -> dict[str, float]:
-        """Label-free metrics (train/select.py) of a part of this worker's particles, as `predict` left the encoder."""
+        """Label-free metrics (train/select.py) of a part of this worker's particles, the encoder being calibrated."""
         few = self._few()
         return self._scores(few, predict(self.model, few, self.plan.stored_box))
 

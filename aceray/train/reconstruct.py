@@ -15,6 +15,7 @@ from aceray.train.statistics import sum_over_workers
 
 # half maps that agree less than this hold no signal; the floor keeps their shells from vanishing altogether
 _NO_AGREEMENT, _LEAST_AGREEMENT = 0.1, 0.02
+_FIRST_SHELL = 3
 _INVERSE_SSNR = 0.1  # of the mean denominator of all shells: bounds what a node that few images reached may become
 
 
@@ -28,7 +29,7 @@ class Maps:
 
 
 class Reconstruction:
-    """Images of all workers, inserted at their poses; the even and the odd half of them apart."""
+    """Images of all workers, inserted at their poses; the two halves of them apart."""
 
     def __init__(self, disc: HalfDisc) -> None:
         self.disc = disc
@@ -62,7 +63,7 @@ class Reconstruction:
 
     def _masked(self, accumulator: BackProjection) -> Float[Tensor, "d d d"]:
         box, mean = self.disc.box, accumulator.mean_denominator()
-        volume = accumulator.volume(torch.full_like(mean, _INVERSE_SSNR * float(mean.mean())))
+        volume = accumulator.volume(_INVERSE_SSNR * mean.mean(dim=0, keepdim=True))
         return volume * soft_sphere(box, box / 2, volume.device)
 
 
@@ -73,7 +74,12 @@ def damped(volume: Float[Tensor, "d d d"], factor: Float[Tensor, " s"], ball: Ha
 
 def _agreement(correlation: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
     """The half maps' correlation where there is any; beyond the first shell without, and at least, almost none."""
-    lost = correlation < _NO_AGREEMENT
-    lost[:3] = False
-    lost = lost.cummax(0).values
-    return torch.where(lost, _LEAST_AGREEMENT, correlation.clamp(_LEAST_AGREEMENT, 1.0))
+    agreement = correlation.clamp(_LEAST_AGREEMENT, 1.0)
+    agreement[first_lost_shell(correlation) :] = _LEAST_AGREEMENT
+    return agreement
+
+
+def first_lost_shell(correlation: Float[Tensor, " s"]) -> int:
+    """The first shell, from the third on, in which half maps do not agree; one beyond the last if they always do."""
+    lost = (correlation[_FIRST_SHELL:] < _NO_AGREEMENT).nonzero()
+    return _FIRST_SHELL + int(lost[0]) if len(lost) else len(correlation)

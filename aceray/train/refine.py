@@ -17,7 +17,7 @@ from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.predict import Particles
-from aceray.train.reconstruct import Maps, Reconstruction
+from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell
 from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 from aceray.train.statistics import sum_over_workers
 from aceray.train.symmetry import find_near_symmetry, solve_registers
@@ -28,7 +28,7 @@ _CHUNK = 512
 # a rotation that moves by more than 41 degrees has left its minimum
 _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
-_NO_AGREEMENT, _BEYOND = 0.1, 1.2
+_BEYOND = 1.2  # how far beyond the agreement of the halves a map is still compared with images
 _SYMMETRIC_ROUNDS = 2
 
 
@@ -148,7 +148,7 @@ class Refiner:
 
     `particles` are at the largest box, of which `disc` is the half disc, in the images' units. `shift_spread_px`, in
     pixels of the stored images, is what is believed of the shifts before there are any; None leaves them as they are.
-    Particles of even and of odd number are the two halves.
+    Particles of even and of odd number of pairs are the two halves.
     """
 
     def __init__(
@@ -164,7 +164,8 @@ class Refiner:
     ) -> None:
         self.particles, self.disc, self.rounds, self.stored_box = particles, disc, rounds, stored_box
         self._shift_spread_px, self._limits, self._seed = shift_spread_px, limits, seed
-        self._half = (particles.particle_id % 2).to(disc.radius.device)
+        # by pairs: the particles of one half set of the data are all of even, or all of odd number
+        self._half = (particles.particle_id // 2 % 2).to(disc.radius.device)
 
     def run(self, state: Refined) -> Iterator[Refined]:
         """Go on from a state; yields after each of the remaining rounds."""
@@ -232,7 +233,7 @@ class Refiner:
             near = find_near_symmetry(maps.joint, self._limits.near_symmetry) or near
             state = self._round(level, searched, replace(state, maps=maps))
         table, scale = state.table, plan.box / self.stored_box
-        register, energy = solve_registers(
+        register = solve_registers(
             level.chunks,
             table.rotation,
             table.shift_px * scale,
@@ -242,12 +243,20 @@ class Refiner:
             self._seed,
         )
         table = replace(table, rotation=table.rotation @ near.rotations[register])
-        return Refined(done, table, self._maps(level, table), 1.0, energy, near.order, correlation)
+        return replace(
+            state,
+            done=done,
+            table=table,
+            maps=self._maps(level, table),
+            moved=1.0,
+            symmetry_order=near.order,
+            symmetry_correlation=correlation,
+        )
 
     def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
         penalty = self._penalty(state, level.disc.box / self.stored_box)
         whole = make_reference(maps.joint, level.disc, penalty, level.weight)
-        return whole.within(_reach(maps.half_fsc))
+        return whole.within(_BEYOND * first_lost_shell(maps.half_fsc))
 
     def _penalty(self, state: Refined, scale: float) -> float | None:
         """Weight of a squared shift in pixels of a round's box, from the spread of the present ones.
@@ -268,12 +277,6 @@ def _least_energy(energy: Float[Tensor, " n"], share: float) -> float:
         return float("inf")
     rank = min(len(energy) - 1, int((1 - share) * len(energy)))
     return float(energy.sort().values[rank])
-
-
-def _reach(half_fsc: Float[Tensor, " s"]) -> float:
-    """Radius in cycles per box to which the halves agree, and some more: beyond it the map says nothing of a pose."""
-    lost = (half_fsc[3:] < _NO_AGREEMENT).nonzero()
-    return _BEYOND * (3 + int(lost[0])) if len(lost) else float(len(half_fsc))
 
 
 class _Search:

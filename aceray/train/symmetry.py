@@ -146,8 +146,8 @@ def solve_registers(
     new_map: Callable[[], Reconstruction],
     reference_of: Callable[[Maps], Reference],
     seed: int,
-) -> tuple[Int[Tensor, " n"], float]:
-    """Which element of the group each image's rotation is to be multiplied with, and the mean energy left.
+) -> Int[Tensor, " n"]:
+    """Which element of the group each image's rotation is to be multiplied with.
 
     The best of several restarts from random registers, of which about half find the least energy; one that agrees with
     the best so far is the last. `chunks` gives the images, `new_map` an empty reconstruction,
@@ -181,7 +181,7 @@ def solve_registers(
         if confirmed:
             break
     assert best is not None
-    return best
+    return best[0]
 
 
 def _decided(share: Float[Tensor, "n g"], before: Float[Tensor, "n g"]) -> bool:

@@ -5,6 +5,7 @@ from torch.testing import assert_close
 
 from aceray.em.backprojection import BackProjection
 from aceray.em.ctf import CtfParameters, ctf_on_disc
+from aceray.em.formation import shift_phase
 from aceray.em.fourier import HalfDisc
 from aceray.em.projection import central_slice, padded_transform
 from aceray.em.random import named_generator
@@ -87,6 +88,29 @@ def test_accumulators_of_parts_add_up_to_the_whole() -> None:
         parts.insert(images[part, None], rotation[part, None], ctf[part, None])
     assert_close(parts.numerator, whole.numerator, atol=1e-4, rtol=0)
     assert_close(parts.denominator, whole.denominator, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "ctf"])
+def test_compiled_loop_and_tensor_code_insert_the_same(modulated: bool) -> None:
+    disc = HalfDisc(12)
+    images, ctf = disc.gather(noise(30, 12, 12)), noise(30, len(disc)) if modulated else None
+    rotation = random_rotations(30, named_generator("test/backprojection"))
+    shift = 2 * noise(30, 2)
+    compiled, plain = BackProjection(disc), BackProjection(disc)
+    compiled.insert(images, rotation, ctf, shift)
+    plain._insert_anywhere(images, rotation, ctf, shift)
+    assert_close(compiled.numerator, plain.numerator, atol=1e-4, rtol=0)
+    assert_close(compiled.denominator, plain.denominator, atol=1e-4, rtol=0)
+
+
+def test_a_shift_is_undone_before_insertion() -> None:
+    disc, box = HalfDisc(12), 12
+    images, rotation = disc.gather(noise(5, box, box)), random_rotations(5, named_generator("test/shift"))
+    shift = 2 * noise(5, 2)
+    still, moved = BackProjection(disc), BackProjection(disc)
+    still.insert(images, rotation, None)
+    moved.insert(images * shift_phase(disc, shift), rotation, None, shift)
+    assert_close(moved.numerator, still.numerator, atol=1e-4, rtol=0)
 
 
 def test_no_graph_is_kept() -> None:

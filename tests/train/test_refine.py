@@ -106,6 +106,16 @@ def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
     assert_close(source.with_maps(replace(states[-1], maps=None)).maps.joint, states[-1].maps.joint)  # type: ignore[union-attr]
 
 
+def test_a_half_set_of_the_data_has_two_halves() -> None:
+    """Its particles are all of even, or all of odd number."""
+    particles, rotation, shift = particles_and_poses(300)
+    for first in (0, 1):
+        half_set = replace(particles, particle_id=first + 2 * torch.arange(300))
+        *_, last = refiner(half_set, [Round(BOX, 3)] * 2).run(rough(rotation, shift))
+        assert float(last.maps.half_fsc[1:5].min()) > 0.8  # type: ignore[union-attr]
+        assert float(error(last, rotation).median()) < 0.006
+
+
 def test_energy_is_the_share_left_unexplained_whatever_the_units() -> None:
     particles, rotation, shift = particles_and_poses(150)
     louder = replace(particles, coefficients=10 * particles.coefficients)
