@@ -218,7 +218,8 @@ def tune(
 ) -> "StudyResult":
     """Run a study (`study/smoke`, a path, or what `load_study` gave); everything is in its folder `studies/<name>`.
 
-    `address` is `local` (a Ray of its own), that of a cluster, or `none`: in this process, one trial after another.
+    `address` is `local` (a Ray of its own), that of a cluster (`auto`, `HOST:PORT`, or `ray://HOST:10001` from outside
+    it), or `none`: in this process, one trial after another.
     With `resume` an earlier study of that name goes on. `on_event` is called with the `TrialEvent` of every evaluation
     and change of status, `on_simulation` after every shard of a data set that is made, `on_oracle` with the folder of a
     data set and the `OracleProgress` of its search.
@@ -228,9 +229,13 @@ def tune(
         DataError: a data set or the study's folder is missing, damaged, not free, or cannot be written.
         ClusterError: Ray cannot give what the trials ask for.
     """
+    whole = load_study(study, *overrides) if isinstance(study, str) else study
+    if address.startswith("ray://"):
+        from aceray.distributed import steer
+
+        return steer.steer_study(whole, address, resume, on_event, on_simulation, on_oracle)
     from aceray.distributed import study_run
 
-    whole = load_study(study, *overrides) if isinstance(study, str) else study
     return study_run.run_study(whole, address, resume, on_event, on_simulation, on_oracle)
 
 

@@ -228,7 +228,7 @@ def tune(
         typer.Argument(metavar="KEY=VALUE", help="of the study (`search.trials=8`) or, any other key, of all trials"),
     ] = None,
     address: Annotated[
-        str, typer.Option(help="local: a Ray of its own; auto, HOST:PORT: a cluster; none: in this process, no Ray")
+        str, typer.Option(help="local: a Ray of its own; auto, HOST:PORT, ray://HOST:PORT: a cluster; none: no Ray")
     ] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="go on with the study of that name")] = False,
 ) -> None:

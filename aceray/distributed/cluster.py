@@ -70,13 +70,13 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
 
 
 def check_answers(address: str) -> None:
-    """Find out quickly that nothing answers at `host:port`; an address of another kind is left to Ray.
+    """Find out quickly that nothing answers at `[ray://]host:port`; an address of another kind is left to Ray.
 
     Raises:
         ClusterError: nothing answers.
     """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not port.isdigit():
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()

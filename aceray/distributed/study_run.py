@@ -271,9 +271,9 @@ def _in_this_process(trial: Trial) -> Trial:
 def _check_address(study: Study, address: str) -> None:
     if address != HERE:
         # Imported here: a study in this process needs no Ray.
-        from aceray.distributed import sweep
+        from aceray.distributed import cluster
 
-        sweep.check_address(address)
+        cluster.check_answers(address)  # before anything is made
         return
     for key, kind, instead in (
         ("search.kind", study.search.kind, "grid or random"),

@@ -20,7 +20,7 @@ from ray import tune
 from ray.exceptions import RayError
 
 from aceray.config import Config
-from aceray.distributed.cluster import check_answers, connect, reserve
+from aceray.distributed.cluster import connect, reserve
 from aceray.distributed.shelf import open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
 from aceray.distributed.supervisor import known_error
@@ -35,7 +35,7 @@ from aceray.distributed.trial import (
     write_notes,
 )
 from aceray.distributed.tuned import trainable_of, value_now
-from aceray.errors import ClusterError, ConfigError
+from aceray.errors import ConfigError
 from aceray.study import Point, Scheduler, Study, applicable
 
 OnEvent = Callable[[TrialEvent], None]
@@ -89,20 +89,6 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
                 ray.kill(shelf)
             follower.end()
             shutil.rmtree(folder / STORAGE, ignore_errors=True)
-
-
-def check_address(address: str) -> None:
-    """Find out before anything is made that a study cannot run at an address.
-
-    Raises:
-        ClusterError: it is that of a Ray Client server, or nothing answers there.
-    """
-    if address.startswith("ray://"):
-        raise ClusterError(
-            f"{address}: a study cannot be steered through Ray Client; start it on the cluster, with "
-            "`ray job submit --address http://HEAD:8265 -- aceray tune STUDY --address auto`"
-        )
-    check_answers(address)
 
 
 def _check(study: Study, config: Config) -> None:

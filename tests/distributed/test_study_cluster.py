@@ -165,7 +165,7 @@ def test_a_study_that_is_ended_from_outside_goes_on(write: Write, tmp_path: Path
     [
         (["--address", "127.0.0.1:1"], "error: Ray at 127.0.0.1:1: cannot connect"),
         (["--address", "host:port"], "error: Ray at host:port: cannot connect"),
-        (["--address", "ray://127.0.0.1:1"], "error: ray://127.0.0.1:1: a study cannot be steered through Ray Client"),
+        (["--address", "ray://127.0.0.1:1"], "error: Ray at ray://127.0.0.1:1: cannot connect"),
         (["resources.cpus_per_worker=64"], "error: resources: asked for 1 workers with 64 CPUs each; the cluster has"),
     ],
 )
@@ -195,7 +195,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.address, raylet = self._line().split()
+        self.address, self.client, raylet = self._line().split()
         self._last = psutil.Process(int(raylet))
 
     def _line(self) -> str:
@@ -265,6 +265,32 @@ def test_a_node_that_is_lost_costs_no_trial(write: Write, tmp_path: Path, start_
     for name in notes_of(study):
         assert [row["step"] for row in rows_of(study, name)] == list(range(1, 1501))
     assert rows_of(study, lost)[:50] == before  # its speed, too: it went on from a checkpoint
+    nodes.await_free(2.0)
+
+
+def test_a_study_is_steered_from_outside_its_cluster(
+    write: Write, tmp_path: Path, start_nodes: Callable[[int], Nodes]
+) -> None:
+    """Over Ray Client: its events, its results, its mistakes and its end are those of a study that runs there."""
+    nodes = start_nodes(2)
+    study = write("train.steps=1500", "train.evaluate_every=500", "train.checkpoint_every=50")
+    driver = Driver(tmp_path, "--address", nodes.client)
+    driver.wait_for(lambda: len(rows_of(study, "seed_1")) > 60)
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.end(15) == 130
+    assert "to go on: aceray tune s.yaml --address ray://" in driver.err.read_text()
+    assert "finished" not in {notes["status"] for notes in notes_of(study).values()}
+    nodes.await_free(2.0)
+    before = rows_of(study, "seed_1")[:50]
+    again = Driver(tmp_path, "--address", nodes.client, "--resume")
+    assert again.end() == 0, again.err.read_text()
+    assert rows_of(study, "seed_1")[:50] == before  # it went on from a checkpoint
+    assert [notes["status"] for notes in notes_of(study).values()] == ["finished"] * 3
+    assert "seed_3  finished  step   1500 of 1500" in again.out.read_text() + again.err.read_text()
+    assert (study / "leaderboard.csv").read_text().count("finished") == 3
+    mistaken = Driver(tmp_path, "--address", nodes.client)
+    assert mistaken.end() == 2
+    assert "a study of this name is there; nothing was touched" in mistaken.err.read_text()
     nodes.await_free(2.0)
 
 
