@@ -99,7 +99,8 @@ def train(config: Config, existing: "Existing" = "error", on_progress: OnProgres
     """Train on the dataset at `config.data.path` and evaluate; everything is in the run folder `runs/<name>`.
 
     An earlier run of that name is an error, is resumed from its last checkpoint, or is overwritten. `on_progress` is
-    called with the `Progress` of every step.
+    called with the `Progress` of every step. With `config.seeds` above 1 several starts are trained side by side and
+    the best is the run; `on_progress` is then called with the `TrialEvent`s of the study that they are.
 
     Raises:
         ConfigError: a setting contradicts the dataset or the run to resume.
@@ -107,9 +108,20 @@ def train(config: Config, existing: "Existing" = "error", on_progress: OnProgres
         ClusterError: Ray cannot give what `config.resources` asks for.
         NonFiniteLoss: a loss is not a number.
     """
+    if config.seeds > 1:
+        from aceray.distributed import starts
+
+        return starts.train_starts(config, existing, on_progress)
     from aceray.distributed import run
 
     return run.run(config, existing, on_progress)
+
+
+def leaderboard_of_starts(config: Config) -> Path:
+    """The leaderboard (Markdown) that a run with `config.seeds` above 1 leaves beside its folder."""
+    from aceray.distributed import starts
+
+    return starts.folder_of_starts(config) / "leaderboard.md"
 
 
 def export(run_folder: str | Path, out: str | Path) -> "Exported":

@@ -145,8 +145,13 @@ def train(
     """Reconstruct a volume and the pose of every particle."""
     with _readable(f"to go on from the last checkpoint: {_again('train', settings, 'resume')}"):
         config = api.load_config(*settings)
-        with RunDisplay(config.name, "steps", config.train.steps) as display:
-            result = api.train(config, existing, display.trained)
+        if config.seeds > 1:
+            with StudyDisplay(config.label_free_score) as starts:
+                result = api.train(config, existing, starts.happened)
+            _print_markdown(api.leaderboard_of_starts(config))
+        else:
+            with RunDisplay(config.name, "steps", config.train.steps) as display:
+                result = api.train(config, existing, display.trained)
     _print_result(result)
 
 

@@ -362,6 +362,9 @@ class Config(Model):
     )
     runs: str = Field("runs", min_length=1, description="folder that holds the run folders")
     seed: int = Field(1, ge=0, description="seed of the network, the batches and the drawn poses")
+    seeds: int = Field(
+        1, ge=1, le=64, description="starts, of seed and the next ones; the one with the best label-free score is kept"
+    )
     simulation: Simulation | None = Field(None, description="how the dataset is made; null: it is there already")
     data: Data = Field(default_factory=Data, description="the particles")
     encoder: Encoder = Field(default_factory=MlpEncoder, description="image to pose")
@@ -375,6 +378,11 @@ class Config(Model):
     )
     resources: Resources = Field(default_factory=Resources, description="workers and devices")
     tracking: Tracking = Field(default_factory=Tracking, description="MLflow")
+
+    @property
+    def label_free_score(self) -> str:
+        """The metric that starts of this run are compared by, less is better: the refinement's, else the encoder's."""
+        return "select/d4_consistency_median" if self.refine is None else "refine/energy"
 
     @model_validator(mode="after")
     def _taught(self) -> "Config":

@@ -202,7 +202,7 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
             case "resume":
                 check_same_settings(open_run_folder(folder.path), config)
             case "overwrite":
-                _remove(open_run_folder(folder.path))
+                remove_folder(open_run_folder(folder.path).path)
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in folder.path.rglob(".*.partial"):
@@ -273,11 +273,15 @@ def _fixed_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not f"{key}.".startswith(_FREE)}
 
 
-def _remove(folder: RunFolder) -> None:
-    """Take the run away under another name first, so that a kill leaves no half of it under its own."""
-    aside = hidden_sibling(folder.path)
+def remove_folder(path: Path) -> None:
+    """Take a folder away under another name first, so that a kill leaves no half of it under its own.
+
+    Raises:
+        DataError: the system refuses.
+    """
+    aside = hidden_sibling(path)
     try:
-        os.replace(folder.path, aside)
+        os.replace(path, aside)
         shutil.rmtree(aside)
     except OSError as error:
-        raise storage_error(folder.path, error, "remove") from error
+        raise storage_error(path, error, "remove") from error

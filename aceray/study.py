@@ -24,7 +24,7 @@ Point = dict[str, Any]
 # What a schedule may change in the middle of a run: nothing that has a shape or decides what is sampled.
 MUTABLE = ("pip.weight", "pip.shift_weight", "ipi.shift_l1_weight", "optim.encoder_lr", "optim.decoder_lr")
 # The study gives trials their names and folders.
-_RESERVED = ("name", "runs", "tracking", "resources")
+_RESERVED = ("name", "runs", "seeds", "tracking", "resources")
 _MOST_POINTS_CHECKED = 512
 
 
@@ -327,7 +327,8 @@ def _check(study: Study, where: str) -> None:
     _check_objective(study, where)
     _check_table(study, where)
     for point in _points_to_check(study):
-        config_of(study, point)
+        if (seeds := config_of(study, point).seeds) > 1:
+            raise ConfigError(f"{where}: seeds: a trial is one start, found {seeds}; vary seed instead (space.seed)")
 
 
 def _points_to_check(study: Study) -> Iterator[Point]:
