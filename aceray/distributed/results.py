@@ -24,7 +24,7 @@ from aceray.folder import RunFolder, RunResult, write_json
 from aceray.metrics.fsc import FscCurve, fourier_shell_correlation, resolution_px
 from aceray.tracking.run import Tracker
 from aceray.train.evaluate import HALF_MAP_THRESHOLD, HalfMaps, MaskKind, compare_half_maps, evaluate
-from aceray.train.figures import draw_figures, fsc_figure
+from aceray.train.figures import draw_figures, fsc_figure, near_symmetry_figure
 from aceray.train.oracle import OracleProgress, run_oracle
 from aceray.train.predict import Poses, particles_from_stack
 
@@ -67,7 +67,11 @@ def write_results(
     history = folder.read_history()
     rows = [{key: float(value) for key, value in row.items() if value is not None} for row in history]
     folder.figures.mkdir(exist_ok=True)
-    for name, figure in draw_figures(evaluation, volume, pixel_size_angstrom, rows).items():
+    figures = draw_figures(evaluation, volume, pixel_size_angstrom, rows)
+    if config.refine is not None and config.refine.registers:
+        order, correlation = (shares[0].metrics[f"refine/near_symmetry_{name}"] for name in ("order", "correlation"))
+        figures["near_symmetry"] = near_symmetry_figure(volume, config.refine.near_symmetry, int(order), correlation)
+    for name, figure in figures.items():
         with written_atomically(folder.figures / f"{name}.png") as file:
             figure.savefig(file, format="png")
     metrics = {

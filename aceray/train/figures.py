@@ -21,6 +21,7 @@ from aceray.metrics.coverage import NSIDE, cell_count, healpix_cell, view_histog
 from aceray.metrics.fsc import FscCurve, resolution_px
 from aceray.metrics.pose import GOOD_SQFROB
 from aceray.train.evaluate import THRESHOLDS, Evaluation
+from aceray.train.symmetry import correlation_by_angle
 
 History = Sequence[Mapping[str, float | int]]
 
@@ -258,6 +259,30 @@ def rotation_error_figure(rotation_sqfrob: Float[Tensor, " n"]) -> Figure:
     panel.set(xscale="log", xlim=(low, 180), ylim=(0, None))
     panel.set(xlabel="rotation error after alignment (degrees)", ylabel="share of particles")
     panel.xaxis.set_major_formatter(_PLAIN)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def near_symmetry_figure(volume: Float[Tensor, "d d d"], least: float, order: int, correlation: float) -> Figure:
+    """How much a map is like itself turned, beside what counts as a near-symmetry.
+
+    `order` and `correlation` are those of the near-symmetry whose registers a refinement solved; order 1: none.
+    """
+    angle, highest = (column.numpy() for column in correlation_by_angle(volume))
+    figure = new_figure(5.6, 3.6)
+    panel = figure.subplots()
+    panel.plot(angle, highest, color=COLOURS[0], label="this map, best axis at each angle")
+    far = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
+    panel.axhline(least, **far, label=f"near-symmetry from here ({least:g})")
+    for fold in range(2, 7):
+        panel.axvline(360 / fold, color=GREY, linewidth=0.4)
+        panel.text(360 / fold, 1.02, f"C{fold}", ha="center", fontsize=8, color=GREY)
+    if order > 1:
+        label = f"C{order}, whose registers were solved: {correlation:.2f} then"
+        panel.plot([360 / order], [correlation], "o", color=COLOURS[1], label=label)
+    panel.set(xlim=(0, 181), ylim=(min(0.0, float(highest.min())), 1.0))
+    panel.set(xlabel="angle of the turn (degrees)", ylabel="correlation of the map with itself turned")
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return figure
 

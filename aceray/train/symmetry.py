@@ -29,6 +29,7 @@ _RADIUS = 8  # cycles per box
 _NSIDE, _TURNS = 4, 32
 _PEAKS, _PEAK_DISTANCE_SQFROB = 6, 1.0  # 41 degrees
 _STEPS, _STEP_RADIANS = 25, 0.03
+_ANGLE_BIN_DEG = 4.0
 _LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
 _SUBGROUP_MARGIN = 0.05
 _FALLING_ITERATIONS, _MOST_ITERATIONS, _SETTLED = 10, 40, 1e-3
@@ -70,6 +71,24 @@ def self_correlation(volume: Float[Tensor, "d d d"], radius: int = _RADIUS) -> C
         return overlap / ((weight * _squared(turned)).sum(-1) * power).clamp_min(1e-30).sqrt()
 
     return correlation
+
+
+def correlation_by_angle(volume: Float[Tensor, "d d d"]) -> tuple[Float[Tensor, " a"], Float[Tensor, " a"]]:
+    """The highest self-correlation of a map among all axes, for the middles of bins of rotation angle, in degrees."""
+    grid = rotation_grid(_NSIDE, _TURNS).float().to(volume.device)
+    correlation = self_correlation(volume)
+    score = torch.cat([correlation(part) for part in grid.split(_BATCH)]).cpu()
+    number = (rotation_angle_deg(grid) / _ANGLE_BIN_DEG).long().clamp_max(round(180 / _ANGLE_BIN_DEG) - 1).cpu()
+    highest = torch.full((round(180 / _ANGLE_BIN_DEG),), -torch.inf).scatter_reduce(0, number, score, "amax")
+    middle = (torch.arange(len(highest)) + 0.5) * _ANGLE_BIN_DEG
+    reached = highest > -torch.inf
+    return middle[reached], highest[reached]
+
+
+def rotation_angle_deg(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b"]:
+    """By how much rotations turn, 0 to 180 degrees."""
+    trace = rotation.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.rad2deg(((trace - 1) / 2).clamp(-1, 1).acos())
 
 
 def _equaliser(coefficients: Complex[Tensor, " p"], ball: HalfBall) -> Float[Tensor, " p"]:
@@ -127,7 +146,7 @@ def _climbed(correlation: Callable[[Tensor], Tensor], start: Float[Tensor, "3 3"
 
 def cyclic_group(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"] | None:
     """The n turns about a rotation's axis if its angle is that of one step of n, n from 2 to 6; otherwise None."""
-    angle = math.degrees(math.acos(max(-1.0, min(1.0, (float(rotation.trace()) - 1) / 2))))
+    angle = float(rotation_angle_deg(rotation))
     order = round(360 / max(angle, 1.0))
     if not 2 <= order <= _LARGEST_ORDER or abs(360 / order - angle) > _ORDER_TOLERANCE_DEG:
         return None

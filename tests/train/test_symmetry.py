@@ -11,7 +11,14 @@ from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob
 from aceray.train.energy import Images, Reference, make_reference
 from aceray.train.reconstruct import Maps, Reconstruction
-from aceray.train.symmetry import cyclic_group, find_near_symmetry, self_correlation, solve_registers
+from aceray.train.symmetry import (
+    correlation_by_angle,
+    cyclic_group,
+    find_near_symmetry,
+    rotation_angle_deg,
+    self_correlation,
+    solve_registers,
+)
 from tests.train.phantom import chiral_volume
 
 BOX = 24
@@ -97,3 +104,11 @@ def test_registers_are_solved_together_up_to_a_common_turn() -> None:
     )
     common = torch.bincount((lost + register) % order, minlength=order)
     assert int(common.max()) > 0.95 * count
+
+
+def test_the_angle_of_a_near_symmetry_stands_out() -> None:
+    angle, highest = correlation_by_angle(cloud(3, odd=0.3))
+    assert angle[0] < 20 and angle[-1] > 176 and (angle.diff() > 0).all()
+    at = {degrees: float(highest[(angle - degrees).abs().argmin()]) for degrees in (90, 120, 150)}
+    assert at[120] > at[90] + 0.1 and at[120] > at[150] + 0.1
+    torch.testing.assert_close(rotation_angle_deg(turns(3)), torch.tensor([0.0, 120.0, 120.0]), atol=0.05, rtol=0)
