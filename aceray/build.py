@@ -195,7 +195,12 @@ def build_refiner(config: Config, particles: ParticleSet, stack: ParticleStack, 
         refinement_rounds(config, stored),
         stored_box=stored,
         shift_spread_px=spread if spread > 0 else None,
-        limits=Limits(config.refine.settled_fraction, config.refine.rescued_fraction, config.refine.near_symmetry),
+        limits=Limits(
+            config.refine.settled_fraction,
+            config.refine.rescued_fraction,
+            config.refine.near_symmetry,
+            config.refine.halves == "independent",
+        ),
         seed=config.seed,
     )
 

@@ -322,6 +322,11 @@ class Refine(Model):
     near_symmetry: float = Field(
         0.72, gt=0, le=1, description="least correlation of the map with itself turned that counts as a near-symmetry"
     )
+    halves: Literal["joint", "independent"] = Field(
+        "joint",
+        description="map that an image is compared with: that of all images, or that of its own half of them beyond "
+        "the first four shells (gold standard)",
+    )
     polish_rounds: int = Field(
         3, ge=0, le=100, description="last rounds, each at twice the box of the one before up to the largest"
     )

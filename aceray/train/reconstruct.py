@@ -16,6 +16,7 @@ from aceray.train.statistics import sum_over_workers
 # half maps that agree less than this hold no signal; the floor keeps their shells from vanishing altogether
 _NO_AGREEMENT, _LEAST_AGREEMENT = 0.1, 0.02
 _FIRST_SHELL = 3
+_JOINED_SHELL = 4
 _INVERSE_SSNR = 0.1  # of the mean denominator of all shells: bounds what a node that few images reached may become
 
 
@@ -70,6 +71,13 @@ class Reconstruction:
 def damped(volume: Float[Tensor, "d d d"], factor: Float[Tensor, " s"], ball: HalfBall) -> Float[Tensor, "d d d"]:
     """The volume with every shell times its factor, below Nyquist."""
     return ball.scatter(ball.gather(volume) * factor[ball.shell])
+
+
+def joined(half: Float[Tensor, "d d d"], joint: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+    """A half's map with the first shells of the joint one, which hold the halves in one frame."""
+    ball = half_ball(half.shape[-1], half.device)
+    coefficients = torch.where(ball.shell <= _JOINED_SHELL, ball.gather(joint), ball.gather(half))
+    return ball.scatter(coefficients)
 
 
 def _agreement(correlation: Float[Tensor, " s"]) -> Float[Tensor, " s"]:

@@ -17,7 +17,7 @@ from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.predict import Particles
-from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell
+from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell, joined
 from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 from aceray.train.statistics import sum_over_workers
 from aceray.train.symmetry import find_near_symmetry, solve_registers
@@ -90,12 +90,13 @@ class Limits:
 
     Once no more than the share `settled` of the poses moved in a round, later ones search no more than the share
     `rescued` of the particles, those that are explained worst. `near_symmetry` is the least self-correlation of a map
-    that counts as one.
+    that counts as one. `independent`: either half of the images sees only its own map, but for the first shells.
     """
 
     settled: float
     rescued: float
     near_symmetry: float
+    independent: bool = False
 
 
 class Level:
@@ -201,21 +202,23 @@ class Refiner:
         """Poses of all particles against the state's map, then the maps of these poses."""
         assert state.maps is not None
         table, scale = state.table, plan.box / self.stored_box
-        reference = self._reference(level, state, state.maps)
-        search = _Search(reference, plan.search_radius, self._seed, state.done) if plan.searched > 0 else None
         least = _least_energy(table.energy, plan.searched)
+        matchers = [
+            _Matcher(reference, plan, least, self._seed, state.done)
+            for reference in self._references(level, state, state.maps)
+        ]
         reconstruction, parts = Reconstruction(level.disc), []
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-            found = refine_poses(reference, images.at(reference.index), before, plan.steps)
-            lost = (before.energy >= least).nonzero()[:, 0]
-            if search is not None and len(lost):
-                better = found.take(lost).or_better(search.find(images.take(lost), before.shift_px[lost]))
-                found = found.replaced(lost, better)
+            found = before
+            for number, matcher in enumerate(matchers):
+                mine = rows - rows[0] if len(matchers) == 1 else (self._half[rows] == number).nonzero()[:, 0]
+                found = found.replaced(mine, matcher.improved(images.take(mine), before.take(mine)))
             reconstruction.insert(images, found, self._half[rows])
             parts.append(found)
         found = Matches.concatenate(parts)
-        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.disc.weight[reference.index].sum())
+        compared = matchers[0].reference.index
+        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.disc.weight[compared].sum())
         moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
         moved, energy = _means(moved, new.energy)
         return replace(state, done=state.done + 1, table=new, maps=reconstruction.maps(), moved=moved, energy=energy)
@@ -253,6 +256,12 @@ class Refiner:
             symmetry_correlation=correlation,
         )
 
+    def _references(self, level: Level, state: Refined, maps: Maps) -> list[Reference]:
+        """What images are compared with: the map of all, or for either half its own beyond the first shells."""
+        if not self._limits.independent:
+            return [self._reference(level, state, maps)]
+        return [self._reference(level, state, replace(maps, joint=joined(half, maps.joint))) for half in maps.halves]
+
     def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
         penalty = self._penalty(state, level.disc.box / self.stored_box)
         whole = make_reference(maps.joint, level.disc, penalty, level.weight)
@@ -277,6 +286,23 @@ def _least_energy(energy: Float[Tensor, " n"], share: float) -> float:
         return float("inf")
     rank = min(len(energy) - 1, int((1 - share) * len(energy)))
     return float(energy.sort().values[rank])
+
+
+class _Matcher:
+    """Better poses of images against one reference; those of at least some energy are searched for, too."""
+
+    def __init__(self, reference: Reference, plan: Round, least: float, seed: int, number: int) -> None:
+        self.reference, self._steps, self._least = reference, plan.steps, least
+        self._search = _Search(reference, plan.search_radius, seed, number) if plan.searched > 0 else None
+
+    def improved(self, images: Images, before: Matches) -> Matches:
+        """The better of what lies near the present pose and of what the search finds."""
+        found = refine_poses(self.reference, images.at(self.reference.index), before, self._steps)
+        lost = (before.energy >= self._least).nonzero()[:, 0]
+        if self._search is None or not len(lost):
+            return found
+        better = found.take(lost).or_better(self._search.find(images.take(lost), before.shift_px[lost]))
+        return found.replaced(lost, better)
 
 
 class _Search:

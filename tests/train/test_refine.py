@@ -182,3 +182,35 @@ def test_halves_share_no_image_and_their_correlation_filters_the_map() -> None:
     assert float(maps.half_fsc[1:3].min()) > 0.5 and float(maps.half_fsc[-2:].max()) < 0.5
     strength = damped(maps.joint, torch.ones(BOX // 2 + 1), ball)
     assert_close(strength, maps.joint, rtol=1e-3, atol=1e-5)
+
+
+def noise_particles(count: int) -> Particles:
+    """White noise where there is no particle at all."""
+    particles, *_ = projections(count, noise=0.0)
+    generator = named_generator("tests/refine/noise")
+    noise = torch.randn(particles.coefficients.shape, dtype=torch.complex64, generator=generator)
+    return replace(particles, coefficients=noise)
+
+
+def test_halves_that_see_one_map_agree_on_noise_and_independent_ones_do_not() -> None:
+    particles = noise_particles(400)
+    start = rough(random_rotations(400, named_generator("tests/refine/start")), torch.zeros(400, 2))
+    agreement = {}
+    for independent in (False, True):
+        limits = replace(NEVER, independent=independent)
+        *_, last = refiner(particles, [Round(BOX, 3, 6.0, 1.0)] * 3, limits=limits).run(start)
+        assert last.maps is not None
+        agreement[independent] = float(last.maps.half_fsc[6:10].mean())
+    assert agreement[False] > 0.3
+    assert abs(agreement[True]) < 0.15
+
+
+def test_independent_halves_come_to_the_same_poses_in_one_frame() -> None:
+    particles, rotation, shift = particles_and_poses(600)
+    start = rough(rotation, shift, wrong=60)
+    limits = replace(NEVER, independent=True)
+    *_, last = refiner(particles, [Round(BOX, 3, 5.0, 1.0)] * 3, limits=limits).run(start)
+    assert float((error(last, rotation) > 0.5).float().mean()) < 0.03
+    halves = particles.particle_id // 2 % 2
+    frames = [float(error(last, rotation)[halves == half].median()) for half in (0, 1)]
+    assert max(frames) < 0.2 * float(error(start, rotation).median())
