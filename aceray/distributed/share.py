@@ -78,7 +78,8 @@ def train_share(
         DataError: the checkpoint is damaged or of another model.
         NonFiniteLoss: a loss is not a number; nothing was updated in that step.
     """
-    trainer, refined = _restored(config, folder, particles, stack, place)
+    score = truth_score(particles)
+    trainer, refined = _restored(config, folder, particles, stack, place, score)
     for progress in trainer.run():
         if progress.checkpoint_due:
             _keep(config, folder, place, *trainer.checkpoint())
@@ -88,7 +89,6 @@ def train_share(
     refiner = _refiner(config, particles, stack, place)
     if refined is None:
         refined = _start(trainer.predict(), place)
-    score = truth_score(particles)
     started = time.perf_counter()
     for state in refiner.run(refined):
         refined = state
@@ -103,7 +103,7 @@ def predict_share(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Share:
     """Poses and volume of the newest checkpoint of the folder; DataError when it is damaged or of another model."""
-    trainer, refined = _restored(config, folder, particles, stack, place)
+    trainer, refined = _restored(config, folder, particles, stack, place, truth_score(particles))
     if refined is None:
         return _share(trainer)
     return _refined_share(trainer, _refiner(config, particles, stack, place), refined)
@@ -174,7 +174,7 @@ def _checkpoint(
 
 
 def _restored(
-    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place, score: Score
 ) -> tuple[Trainer, Refined | None]:
     trainer = build_trainer(
         config,
@@ -183,7 +183,7 @@ def _restored(
         rank=place.rank,
         world_size=place.workers,
         device=place.device,
-        score=truth_score(particles),
+        score=score,
         wrap=place.wrap,
     )
     # Rank 0 decides: another node's view of the folder may be older.
