@@ -19,6 +19,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
+QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 SECONDS_TO_START = 120
 SECONDS_TO_SHOW = 60
 
@@ -33,16 +34,25 @@ def missing() -> str:
     return f"not installed: {', '.join(programs)}" if programs else ""
 
 
-@contextlib.contextmanager
-def mlflow_server(database: str) -> Iterator[str]:
-    """Address of a server of its own on a free port; it and its workers are gone afterwards."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def mlflow_server(database: str, *arguments: str, folder: Path | None = None, **environment: str) -> Iterator[str]:
+    """Address of a server of its own on a free port; it and its workers are gone afterwards.
+
+    The database, which may have a password in it, and the environment are not to be seen in the list of processes.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", *arguments]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        cwd=folder,
+        env={**os.environ, **QUIET, "MLFLOW_BACKEND_STORE_URI": database, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
