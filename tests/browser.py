@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import IO, Any
 
+QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 SECONDS_TO_START = 120
 SECONDS_TO_SHOW = 60
 
@@ -33,36 +35,49 @@ def missing() -> str:
     return f"not installed: {', '.join(programs)}" if programs else ""
 
 
-@contextlib.contextmanager
-def mlflow_server(database: str) -> Iterator[str]:
-    """Address of a server of its own on a free port; it and its workers are gone afterwards."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        return free.getsockname()[1]
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+@contextlib.contextmanager
+def mlflow_server(database: str, *arguments: str, folder: Path | None = None, **environment: str) -> Iterator[str]:
+    """Address of a server of its own on a free port; it and its workers are gone afterwards.
+
+    The database, which may have a password in it, and the environment are not to be seen in the list of processes.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", *arguments]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            cwd=folder,
+            env={**os.environ, **QUIET, "MLFLOW_BACKEND_STORE_URI": database, **environment},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", process, said)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < deadline:
-        assert process.poll() is None, "mlflow server ended"
+        if process.poll() is not None:
+            said.seek(0)
+            raise AssertionError(f"mlflow server ended: {said.read()[-2000:].decode()}")
         with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(address, timeout=5):
             return
         time.sleep(0.5)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from aceray.data.source import Source, SourceFiles, open_source
 from aceray.data.stacks import open_stack, unpack
 from aceray.data.storage import written_atomically
 from aceray.data.writer import ResumableWriter, WrittenShard, renumber_shard
+from aceray.distributed.monitor import DataMonitor
 from aceray.distributed.prepare import SimulationProgress, aceray_version, results_of_tasks
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import DataError
@@ -187,19 +188,22 @@ def _converted(
     """All shards, in order and numbered without gaps; those of an earlier attempt are taken over."""
     made = {shard: found for shard in range(len(plan.shards)) if (found := _read_record(writer, shard)) is not None}
 
-    def tell() -> None:
+    def tell(monitor: DataMonitor) -> None:
+        done = sum(len(plan.shards[shard]) for shard in made)
+        refused = len(plan.refused) + sum(len(converted.refused) for converted in made.values())
+        monitor.report(done, len(plan.table), refused)
         if on_progress is not None:
-            done = sum(len(plan.shards[shard]) for shard in made)
             on_progress(SimulationProgress(len(made), len(plan.shards), done, len(plan.table)))
 
-    tell()
     missing = [shard for shard in range(len(plan.shards)) if shard not in made]
-    for shard, converted in _make(plan, missing, made, writer.folder, settings):
-        if settings.strict and converted.refused:
-            raise DataError(_strict(source, converted.refused))
-        _write_record(writer, shard, converted)
-        made[shard] = converted
-        tell()
+    with closing(DataMonitor(writer.path.name)) as monitor:
+        tell(monitor)
+        for shard, converted in _make(plan, missing, made, writer.folder, settings):
+            if settings.strict and converted.refused:
+                raise DataError(_strict(source, converted.refused))
+            _write_record(writer, shard, converted)
+            made[shard] = converted
+            tell(monitor)
     first_id, finished = 0, []
     for shard in sorted(made):
         converted = made[shard]

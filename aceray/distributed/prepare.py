@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,6 +13,7 @@ from aceray.data.manifest import ImageLayout
 from aceray.data.particles import open_particles
 from aceray.data.simulate import CtfRanges, Plan, Recipe, plan, simulate_shard
 from aceray.data.writer import ParticleWriter, WrittenShard, write_shard
+from aceray.distributed.monitor import DataMonitor
 from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
 
 # Below this Ray takes longer to start than the images to compute: 32,768 images of 32 px, 2,048 of 128 px.
@@ -52,12 +54,15 @@ def simulate(
     digest = recipe.sha256()
     if existing == "keep" and _is_kept(path, digest):
         return path
-    with ParticleWriter(path, recipe.layout, "overwrite" if existing == "overwrite" else "error") as writer:
+    overwrite: Literal["overwrite", "error"] = "overwrite" if existing == "overwrite" else "error"
+    with ParticleWriter(path, recipe.layout, overwrite) as writer, closing(DataMonitor(path.name)) as monitor:
         planned = plan(recipe)
         done = 0
+        monitor.report(done, recipe.particles, 0)
         for index, written in _make_shards(planned, writer.folder, config.resources):
             writer.add(index, written)
             done += written.shard.particles
+            monitor.report(done, recipe.particles, 0)
             if on_progress is not None:
                 on_progress(SimulationProgress(writer.shards, len(recipe.shards), done, recipe.particles))
         writer.write_truth_volume(planned.volume)

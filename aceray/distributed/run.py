@@ -18,6 +18,7 @@ from aceray.build import final_box, lane_count, last_step, row_groups_of_lanes, 
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
+from aceray.distributed.monitor import RunMonitor
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
 from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
@@ -281,12 +282,14 @@ def follow(
     """
     rows = folder.read_history()
     seen = int(rows[-1]["step"]) if rows else 0
-    with open(folder.history, "a", encoding="utf-8") as journal:
+    watched = contextlib.closing(RunMonitor(folder, tracker))
+    with open(folder.history, "a", encoding="utf-8") as journal, watched as monitor:
         while True:
             try:
                 event = next(progress)
             except StopIteration as end:
                 return end.value
+            monitor.report(event)
             if event.step <= seen:
                 continue
             seen = event.step

@@ -22,6 +22,8 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.distributed.ingest import read_here
 from aceray.folder import RunFolder
+from aceray.metrics.fsc import resolution_angstrom
+from aceray.train.evaluate import HALF_MAP_THRESHOLD
 from aceray.train.loop import Progress, Score, Snapshot, Trainer
 from aceray.train.predict import Poses
 from aceray.train.refine import PoseTable, Refined, Refiner
@@ -92,9 +94,9 @@ def train_share(
     started = time.perf_counter()
     for state in refiner.run(refined):
         refined = state
-        rate = len(refiner.particles) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         _keep(config, folder, place, *_checkpoint(trainer, refined, refiner, place))
-        yield _progress(config, refiner, refined, rate, score)
+        yield _progress(config, refiner, refined, seconds, score)
         started = time.perf_counter()
     return _refined_share(trainer, refiner, refined)
 
@@ -142,14 +144,28 @@ def _poses(refiner: Refiner, refined: Refined) -> Poses:
     return Poses(refiner.particles.particle_id, table.rotation.cpu(), table.shift_px.cpu(), table.energy.cpu())
 
 
-def _progress(config: Config, refiner: Refiner, refined: Refined, rate: float, score: Score) -> Progress:
+def _progress(config: Config, refiner: Refiner, refined: Refined, seconds: float, score: Score) -> Progress:
     """A round as a step after the last one of the training."""
     assert refined.maps is not None
     poses, volume = _poses(refiner, refined), refined.maps.joint.cpu()
     few = Poses(*(column[:_SCORED_PARTICLES] for column in vars(poses).values()))
     metrics = score(few, volume) | refined.metrics
-    step = config.train.steps + refined.done
-    return Progress(step, last_step(config), {}, rate, metrics, True, Snapshot(few, volume))
+    step, rate = config.train.steps + refined.done, len(refiner.particles) / seconds
+    details = _details(refiner, refined) | {"step_seconds": seconds}
+    return Progress(step, last_step(config), {}, rate, metrics, True, Snapshot(few, volume), details)
+
+
+def _details(refiner: Refiner, refined: Refined) -> dict[str, float]:
+    assert refined.maps is not None
+    box, particles = refined.maps.joint.shape[-1], refiner.particles
+    pixel_size_angstrom = particles.pixel_size_angstrom * refiner.disc.box / box
+    return {
+        "round": float(refined.done),
+        "rescued_fraction": refined.searched,
+        "half_map_resolution_angstrom": resolution_angstrom(
+            refined.maps.half_fsc, HALF_MAP_THRESHOLD, box, pixel_size_angstrom
+        ),
+    }
 
 
 def _keep(

@@ -18,6 +18,7 @@ from aceray.build import lane_count
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import storage_error, written_atomically
+from aceray.distributed.monitor import StudyMonitor
 from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
 from aceray.distributed.study_results import OnOracle, read_entries, write_study_results
@@ -90,7 +91,8 @@ def run_study(
         _write_study_notes(folder, datasets=digests)
         tags = {"aceray.dataset_sha256": ", ".join(sorted(set(digests.values())))}
         with start_study_tracking(asked[0].configs[0], study.name, folder, tags) as tracker:
-            _run_trials(study, folder, trials, address, _tracked(tracker, folder, on_event))
+            with contextlib.closing(StudyMonitor(study, tracker)) as monitor:
+                _run_trials(study, folder, trials, address, _tracked(tracker, monitor, folder, on_event))
             result = read_study_result(study, folder, on_oracle)
             _summarise(tracker, result)
         return dataclasses.replace(result, mlflow_run_id=tracker.run_id, tracking_uri=tracker.uri)
@@ -115,13 +117,18 @@ def read_study_result(study: Study, folder: Path, on_oracle: OnOracle | None = N
     return StudyResult(study, folder, trials, write_study_results(study, folder, on_oracle))
 
 
-def _tracked(tracker: StudyTracker, folder: Path, on_event: OnEvent | None) -> OnEvent:
-    """What happens on an event: the tracker follows the trial, then the caller is told."""
+def _tracked(tracker: StudyTracker, monitor: StudyMonitor, folder: Path, on_event: OnEvent | None) -> OnEvent:
+    """What happens on an event: the tracker follows the trial, the monitor learns of it, then the caller is told."""
     for trial in _trial_folders(folder):  # what a killed study could not send any more
         tracker.follow(trial)
+        notes = read_notes(trial)
+        monitor.report(trial.name, notes["status"], notes["metrics"])
 
     def follow(event: TrialEvent) -> None:
         tracker.follow(folder / "trials" / event.name)
+        if event.status == "running" and event.reason:  # its process was lost
+            monitor.restarts += 1
+        monitor.report(event.name, event.status, event.report.metrics if event.report is not None else {})
         if on_event is not None:
             on_event(event)
 

@@ -25,6 +25,7 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
+from aceray.distributed.monitor import DeviceMonitor
 from aceray.distributed.share import Place, Share
 from aceray.errors import AcerayError, ClusterError
 from aceray.folder import RunFolder
@@ -63,10 +64,12 @@ class Supervisor:
         self._events: deque[Progress] = deque()  # posting and taking happen in different threads
         self._shares: dict[int, Share] = {}
         self._group: PlacementGroup | None = None
+        self._starts = 0
 
     def hold(self, group: PlacementGroup) -> None:
         """Called by rank 0 at its start: what the cluster has set aside for the workers."""
         self._group = group
+        self._starts += 1
 
     def group(self) -> PlacementGroup | None:
         """Called by the driver at the end of a run: what it must give back."""
@@ -74,7 +77,8 @@ class Supervisor:
 
     def post(self, events: list[Progress]) -> None:
         """Called by rank 0: steps that are done."""
-        self._events.extend(events)
+        restarts = {"restarts": self._starts - 1.0}
+        self._events.extend(dataclasses.replace(event, details=event.details | restarts) for event in events)
 
     def take(self) -> list[Progress]:
         """Called by the driver: the steps posted since the last call, in order."""
@@ -220,7 +224,9 @@ def _work(settings: dict[str, Any]) -> None:
     stack = collect(particles)
     opened = open_particles(task.particles, task.config.data.half_set)
     progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
-    share = _post(_averaged(progress, place), supervisor, place)
+    with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
+        monitor.wake()
+        share = _post(_averaged(progress, place), supervisor, place)
     ray.get(supervisor.deliver.remote(place.rank, share))
 
 
@@ -247,6 +253,8 @@ def _average(same_step: list[Progress]) -> Progress:
         losses={name: sum(one.losses[name] for one in same_step) / count for name in first.losses},
         metrics={name: sum(one.metrics[name] for one in same_step) / count for name in first.metrics},
         particles_per_second=sum(one.particles_per_second for one in same_step),
+        # the slowest worker is the one that all wait for
+        details={name: max(one.details[name] for one in same_step) for name in first.details},
     )
 
 

@@ -41,6 +41,11 @@ class Tracker:
     status_before: str = "FINISHED"
     status_at_end: str = "FINISHED"
 
+    @property
+    def backlog(self) -> int:
+        """Points that the store has not taken yet."""
+        return 0
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step."""
 
@@ -69,6 +74,11 @@ class MlflowTracker(Tracker):
         self._waiting: list[tuple[str, float, int, int]] = []
         self._send_after = time.monotonic() + SECONDS_A_BATCH
         self._out = False
+
+    @property
+    def backlog(self) -> int:
+        """Points that the store has not taken yet."""
+        return len(self._waiting)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record finite metrics of a step; they reach the store in batches."""

@@ -55,6 +55,11 @@ class StudyTracker:
     run_id: str | None = None
     uri: str | None = None
 
+    @property
+    def backlog(self) -> int:
+        """Points that the store has not taken yet, of all trials."""
+        return 0
+
     def follow(self, trial: Path) -> None:
         """Record what is new in the folder of a trial."""
 
@@ -92,6 +97,11 @@ class MlflowStudyTracker(StudyTracker):
         if before != self.run_id:  # its children are gone with it
             self._known, self._ended = {"": self.run_id}, {}
         self._keep_notes()
+
+    @property
+    def backlog(self) -> int:
+        """Points that the store has not taken yet, of all trials."""
+        return sum(tracker.backlog for tracker in list(self._open.values()))
 
     def follow(self, trial: Path) -> None:
         """Record what is new in the folder of a trial, and its end, once.

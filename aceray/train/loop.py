@@ -34,7 +34,8 @@ class Snapshot:
 class Progress:
     """What one step did. `metrics` is empty and `snapshot` is None unless an evaluation was due.
 
-    The snapshot stays in the process that trains: it is None in what comes from the workers of a cluster.
+    The snapshot stays in the process that trains: it is None in what comes from the workers of a cluster. `details` are
+    for whoever watches the run, not for its journal: step_seconds, data_wait_seconds, pip_weight, label_filter.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint_due: bool = False
     snapshot: Snapshot | None = field(default=None, compare=False, repr=False)
+    details: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Trainer:
         self.optimiser, self.sampler, self.plan, self._score = optimiser, sampler, plan, score
         self._base_rates = [group["lr"] for group in optimiser.param_groups]
         self.step = 0
+        self._waited_seconds = 0.0  # in this step, for its images
 
     def run(self) -> Iterator[Progress]:
         """Train from the present step to the last one of the plan.
@@ -103,15 +106,17 @@ class Trainer:
         """
         self.model.train()
         while self.step < self.plan.steps:
-            started = time.perf_counter()
+            started, self._waited_seconds = time.perf_counter(), 0.0
             losses = self._learn(self.step + 1)
             self.step += 1
-            rate = self.sampler.particles_per_step / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            rate = self.sampler.particles_per_step / seconds
             last = self.step == self.plan.steps
             evaluation_due = self._score is not None and (last or self.step % self.plan.evaluate_every == 0)
             metrics, snapshot = self._evaluate() if evaluation_due else ({}, None)
             checkpoint_due = last or self.step % self.plan.checkpoint_every == 0
-            yield Progress(self.step, self.plan.steps, losses, rate, metrics, checkpoint_due, snapshot)
+            details = self._details(seconds)
+            yield Progress(self.step, self.plan.steps, losses, rate, metrics, checkpoint_due, snapshot, details)
 
     def predict(self) -> Poses:
         """Poses of all particles of this worker."""
@@ -157,6 +162,15 @@ class Trainer:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
         self.step = metadata["step"]
 
+    def _details(self, seconds: float) -> dict[str, float]:
+        """Of the step that was just done."""
+        return {
+            "step_seconds": seconds,
+            "data_wait_seconds": self._waited_seconds,
+            "pip_weight": self.plan.weights.at(self.step - 1)[1],
+            "label_filter": float(self.plan.labels.at(self.step - 1)),
+        }
+
     def _evaluate(self) -> tuple[dict[str, float], Snapshot]:
         """Metrics of a part of the particles; draws no random numbers, so training goes on as if it were not there."""
         few = self._few()
@@ -189,7 +203,9 @@ class Trainer:
         drawn = self.sampler.poses(step, plan.shift_spread_px, plan.noise) if pip_weight > 0 else None
         batch = None
         if drawn is None or not plan.weights.alternating:
+            started = time.perf_counter()
             batch = self.sampler.images(plan.weights.image_steps(step), plan.augment, plan.loss)
+            self._waited_seconds = time.perf_counter() - started
         terms = self.objective(batch, drawn, plan.labels.at(step - 1))
         parts = []
         if batch is not None:

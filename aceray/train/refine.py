@@ -63,7 +63,7 @@ class PoseTable:
 @dataclass(frozen=True)
 class Refined:
     """Where a refinement is: rounds done, the worker's poses, the maps of all poses, and of the last round the share of
-    poses that left their minimum and the mean energy, of all workers."""
+    poses that left their minimum, the mean energy, of all workers, and the share that was searched over all poses."""
 
     done: int
     table: PoseTable
@@ -72,6 +72,7 @@ class Refined:
     energy: float = 1.0
     symmetry_order: int = 1
     symmetry_correlation: float = 0.0
+    searched: float = 0.0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -179,7 +180,7 @@ class Refiner:
             if state.moved <= self._limits.settled:
                 plan = replace(plan, searched=min(plan.searched, self._limits.rescued))
             state = self._registers(level, plan, state) if plan.registers else self._round(level, plan, state)
-            yield state
+            yield replace(state, searched=plan.searched)
 
     def with_maps(self, state: Refined) -> Refined:
         """A finished state without maps, as checkpoints hold it, with those of its poses."""
