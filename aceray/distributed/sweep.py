@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from aceray.config import Config
 from aceray.distributed.cluster import connect, reserve
+from aceray.distributed.shared_storage import check_shared
 from aceray.distributed.shelf import open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
 from aceray.distributed.supervisor import known_error
@@ -67,7 +68,7 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
     that the budget cut off, are marked as interrupted.
 
     Raises:
-        ClusterError: the cluster does not answer, or cannot give what a trial needs.
+        ClusterError: the cluster does not answer, cannot give what a trial needs, or a node does not see the storage.
         ConfigError: the settings of a trial contradict one another or what the study asks for.
     """
     folder = Path(study.studies).expanduser().absolute() / study.name
@@ -80,6 +81,9 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
     _check(study, config)
     with _quiet(), connect(None if address == "local" else address, dashboard=config.resources.workers > 0):
         place = find_place(study, config, address)
+        if address != "local":
+            paths = {Path(trial.configs[0].data.path) for trial in waiting} or {Path(config.data.path)}
+            check_shared(folder, "studies", paths)
         shelf, follower = open_shelf(), Follower(waiting, study.scheduler, on_event)
         trainable = tune.with_resources(trainable_of(study, waiting, shelf), place.needs)
         try:
