@@ -118,7 +118,8 @@ def find_place(study: Study, config: Config, address: str) -> Place:
     """What the cluster gives a trial, after it has shown that it can, and how many of them it has now.
 
     Raises:
-        ClusterError: it cannot give that, or not within PATIENCE_SECONDS; the message says what there is.
+        ClusterError: it cannot give that, or not within resources.patience_seconds, else PATIENCE_SECONDS; the message
+            says what there is.
     """
     resources = config.resources.model_copy(
         update={"address": None if address == "local" else address, "workers": max(1, config.resources.workers)}
@@ -129,9 +130,10 @@ def find_place(study: Study, config: Config, address: str) -> Place:
     asked = reserve(resources, PATIENCE_SECONDS, share)
     cpus = config.resources.cpus_per_worker
     at_once = max(1, _workers_at_once(free, cpus, asked.gpus) // asked.workers)
-    at_once = min(at_once, study.search.concurrent or at_once)
     if config.resources.workers > 0:
-        return Place({"cpu": CPUS_OF_A_WAITING_TRIAL}, at_once)
+        return Place({"cpu": CPUS_OF_A_WAITING_TRIAL}, min(at_once, study.search.concurrent or at_once))
+    # Tune lets those wait that have no place yet, and an autoscaler starts nodes for them.
+    at_once = study.search.concurrent or at_once
     return Place({"cpu": cpus} | ({"gpu": asked.gpus} if asked.gpus else {}), at_once)
 
 

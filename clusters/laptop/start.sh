@@ -19,7 +19,8 @@ fi
 mkdir -p "$folder"
 chmod 700 "$folder"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
-export RAY_raylet_start_wait_time_s=120 # a busy machine takes longer than Ray's 30 s
+# a busy machine takes longer than Ray's 30 and 60 s
+export RAY_raylet_start_wait_time_s=120 RAY_DASHBOARD_STARTUP_TIMEOUT_S=240
 if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then
     (umask 077 && python3 -c 'import secrets; print(secrets.token_hex(32))' >"$RAY_AUTH_TOKEN_PATH")
 fi
