@@ -346,6 +346,12 @@ class Resources(Model):
     address: str | None = Field(
         None, description="address of a running Ray cluster (auto, HOST:PORT); null: a local one"
     )
+    patience_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=7200,
+        description="how long a cluster may take to give the workers; null: 60, of a study 20",
+    )
 
 
 class Tracking(Model):

@@ -133,6 +133,7 @@ def reserve(
     """What each worker gets, after the cluster has shown that it can give it; `gpus` overrides what resources say.
 
     The workers' resources are reserved together and given back at once, which also tells an autoscaler to start nodes.
+    resources.patience_seconds overrides the time that the caller gives them.
 
     Raises:
         ClusterError: the cluster cannot give them, or not within the time.
@@ -143,6 +144,7 @@ def reserve(
     asked = WorkerResources(resources.workers, resources.cpus_per_worker * (1 - SHARE_OF_TASKS), each)
     if resources.address is None and not _fits(asked, resources, total):
         raise ClusterError(_refusal(resources, asked, "has only"))
+    patience_seconds = resources.patience_seconds or patience_seconds
     group = placement_group([asked.bundle] * asked.workers, strategy="PACK")
     try:
         if not group.wait(timeout_seconds=patience_seconds):

@@ -27,6 +27,7 @@ from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
 from aceray.distributed.monitor import DeviceMonitor
 from aceray.distributed.share import Place, Share
+from aceray.distributed.shared_storage import check_shared
 from aceray.errors import AcerayError, ClusterError
 from aceray.folder import RunFolder
 from aceray.train.loop import Progress
@@ -140,11 +141,14 @@ def train_on_ray(
     Closing the generator, or an interrupt in it, ends the run on the cluster.
 
     Raises:
-        ClusterError: the cluster does not answer, cannot give the workers, or lost one too often.
+        ClusterError: the cluster does not answer, cannot give the workers, has a node that does not see the storage,
+            or lost a worker too often.
         AcerayError: what a worker raised.
     """
     with connect(config.resources.address):
         resources = reserve(config.resources)
+        if config.resources.address is not None:
+            check_shared(folder.path, "runs", [particles.path])
         task = Task(config, folder.path, particles.path, groups, box, work)
         # Several calls at once: workers post while the trainer runs.
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": ENVIRONMENT}}

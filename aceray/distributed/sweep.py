@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from aceray.config import Config
 from aceray.distributed.cluster import connect, reserve
+from aceray.distributed.shared_storage import check_shared
 from aceray.distributed.shelf import open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
 from aceray.distributed.supervisor import known_error
@@ -67,7 +68,7 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
     that the budget cut off, are marked as interrupted.
 
     Raises:
-        ClusterError: the cluster does not answer, or cannot give what a trial needs.
+        ClusterError: the cluster does not answer, cannot give what a trial needs, or a node does not see the storage.
         ConfigError: the settings of a trial contradict one another or what the study asks for.
     """
     folder = Path(study.studies).expanduser().absolute() / study.name
@@ -80,6 +81,9 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
     _check(study, config)
     with _quiet(), connect(None if address == "local" else address, dashboard=config.resources.workers > 0):
         place = find_place(study, config, address)
+        if address != "local":
+            paths = {Path(trial.configs[0].data.path) for trial in waiting} or {Path(config.data.path)}
+            check_shared(folder, "studies", paths)
         shelf, follower = open_shelf(), Follower(waiting, study.scheduler, on_event)
         trainable = tune.with_resources(trainable_of(study, waiting, shelf), place.needs)
         try:
@@ -114,7 +118,8 @@ def find_place(study: Study, config: Config, address: str) -> Place:
     """What the cluster gives a trial, after it has shown that it can, and how many of them it has now.
 
     Raises:
-        ClusterError: it cannot give that, or not within PATIENCE_SECONDS; the message says what there is.
+        ClusterError: it cannot give that, or not within resources.patience_seconds, else PATIENCE_SECONDS; the message
+            says what there is.
     """
     resources = config.resources.model_copy(
         update={"address": None if address == "local" else address, "workers": max(1, config.resources.workers)}
@@ -125,9 +130,10 @@ def find_place(study: Study, config: Config, address: str) -> Place:
     asked = reserve(resources, PATIENCE_SECONDS, share)
     cpus = config.resources.cpus_per_worker
     at_once = max(1, _workers_at_once(free, cpus, asked.gpus) // asked.workers)
-    at_once = min(at_once, study.search.concurrent or at_once)
     if config.resources.workers > 0:
-        return Place({"cpu": CPUS_OF_A_WAITING_TRIAL}, at_once)
+        return Place({"cpu": CPUS_OF_A_WAITING_TRIAL}, min(at_once, study.search.concurrent or at_once))
+    # Tune lets those wait that have no place yet, and an autoscaler starts nodes for them.
+    at_once = study.search.concurrent or at_once
     return Place({"cpu": cpus} | ({"gpu": asked.gpus} if asked.gpus else {}), at_once)
 
 

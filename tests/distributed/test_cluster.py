@@ -50,6 +50,8 @@ def test_what_a_local_ray_can_never_give_is_refused_at_once(resources: Resources
 def test_a_cluster_gets_time_but_not_for_ever() -> None:
     with pytest.raises(ClusterError, match="did not give that within 1 s"):
         reserve(Resources(workers=4, address="auto"), patience_seconds=1.0)
+    with pytest.raises(ClusterError, match="did not give that within 2 s"):
+        reserve(Resources(workers=4, address="auto", patience_seconds=2.0))
     assert ray.available_resources()["CPU"] == 2
 
 

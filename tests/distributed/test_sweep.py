@@ -140,6 +140,8 @@ def test_a_cluster_that_may_grow_gets_less_than_half_a_minute(write: Write, monk
         (["resources.cpus_per_worker=0.5"], {}, Place({"cpu": 0.5}, 4)),
         (["resources.cpus_per_worker=2"], {}, Place({"cpu": 2.0}, 1)),
         ([], {"concurrent": 1}, Place({"cpu": 1.0}, 1)),
+        ([], {"concurrent": 5}, Place({"cpu": 1.0}, 5)),  # three wait, for nodes that may come
+        (["resources.workers=1"], {"concurrent": 5}, Place({"cpu": 0.01}, 2)),
         (["resources.workers=2"], {}, Place({"cpu": 0.01}, 1)),
         (["resources.workers=1"], {}, Place({"cpu": 0.01}, 2)),
     ],
