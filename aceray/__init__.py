@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         prepare,
         score,
         simulate,
+        sync,
         train,
         tune,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "prepare",
     "score",
     "simulate",
+    "sync",
     "train",
     "tune",
 ]

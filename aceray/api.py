@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aceray.distributed.export import Exported
     from aceray.distributed.study_run import StudyResult
     from aceray.folder import Existing, RunResult
+    from aceray.tracking.sync import Synced
 
 __all__ = [
     "OnProgress",
@@ -31,6 +32,7 @@ __all__ = [
     "prepare",
     "score",
     "simulate",
+    "sync",
     "train",
     "tune",
 ]
@@ -260,3 +262,16 @@ def compare(study_folder: str | Path, on_oracle: Callable[[Path, Any], None] | N
     from aceray.distributed import study_run
 
     return study_run.open_study(study_folder, on_oracle)
+
+
+def sync(folder: str | Path) -> "Synced":
+    """Send to MLflow what an outage kept back: the journal in the folder of a run or of a study.
+
+    Raises:
+        DataError: there is no journal, or the run is still going on and sends by itself.
+        ConfigError: the store cannot be used.
+        TrackingError: the store does not answer, or does not take everything.
+    """
+    from aceray.tracking import sync as syncing
+
+    return syncing.sync(folder)

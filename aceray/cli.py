@@ -262,6 +262,14 @@ def compare(study_folder: Annotated[str, typer.Argument(help="folder of a study,
     _print_study(result)
 
 
+@app.command()
+def sync(folder: Annotated[str, typer.Argument(help="folder of a run or of a study")]) -> None:
+    """Send to MLflow what an outage kept back."""
+    with _readable("to start again, repeat the command"):
+        synced = api.sync(folder)
+    print(f"{'sent':12} {synced.records:,} records; MLflow has everything of run {synced.run_id}")
+
+
 def _again(verb: str, settings: list[str], existing: str) -> str:
     return shlex.join(["aceray", verb, *settings, "--existing", existing])
 

@@ -7,16 +7,21 @@ Sizes, pixel sizes, voltages and noise levels of a dataset are not settings: the
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from aceray.secrets import without_password
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BoxSize = Annotated[int, Field(ge=8, le=1024, multiple_of=2)]
+Uri = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 
 
 class Model(BaseModel):
     """A group of settings: frozen, no unknown keys, finite numbers only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
+    )
 
 
 class CtfRanges(Model):
@@ -358,7 +363,7 @@ class Tracking(Model):
     """The MLflow run."""
 
     enabled: bool = Field(True, description="record the run in MLflow when it is installed")
-    uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    uri: Uri = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: str = Field("aceray", min_length=1, description="MLflow experiment")
 
 

@@ -25,5 +25,9 @@ class ClusterError(AcerayError):
     """Ray lacks the resources a run asks for, or a worker was lost for good."""
 
 
+class TrackingError(AcerayError):
+    """The tracking store does not answer, or does not take what it is sent."""
+
+
 class NonFiniteLoss(AcerayError):  # noqa: N818 (the name says what happened)
     """A loss term became infinite or not a number; raised before the optimiser takes the step."""

@@ -147,6 +147,24 @@ class RunFolder:
             raise DataError(f"{file}: the checkpoint is damaged (its digest differs); {self._without(step)}")
         return tensors, json.loads(described)
 
+    def set_aside_damaged(self) -> list[Path]:
+        """Rename the newest checkpoints that are damaged, so that the newest whole one is the last; what was renamed.
+
+        Raises DataError when none is whole.
+        """
+        aside: list[Path] = []
+        for step in reversed(self.checkpoint_steps()):
+            try:
+                self.read_checkpoint(step)
+            except DataError:
+                if step == self.checkpoint_steps()[0]:
+                    raise
+                file = self.checkpoint_file(step)
+                aside.append(file.replace(file.with_suffix(".damaged")))
+                continue
+            break
+        return aside
+
     def _without(self, step: int) -> str:
         earlier = [other for other in self.checkpoint_steps() if other < step]
         return f"delete it and resume, which starts again from step {earlier[-1] if earlier else 0}"
@@ -192,7 +210,7 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
     """
     if existing not in get_args(Existing):
         raise ConfigError(f'existing: found {existing!r}; expected one of "error", "resume", "overwrite"')
-    folder = RunFolder(Path(config.runs).absolute() / config.name)
+    folder = RunFolder(run_path(config))
     if folder.path.exists() and not folder.path.is_dir():
         raise DataError(f"{folder.path}: is a file; the run needs a folder there, choose another name or runs")
     if folder.path.exists() and not folder.is_free():
@@ -213,6 +231,11 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
     with written_atomically(folder.config) as file:
         file.write_text(to_yaml(config))
     return folder
+
+
+def run_path(config: Config) -> Path:
+    """Where the run that `config` describes leaves its folder."""
+    return Path(config.runs).absolute() / config.name
 
 
 def open_run_folder(path: str | Path) -> RunFolder:

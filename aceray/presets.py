@@ -5,6 +5,7 @@ and the whole is validated once. A preset may begin with `include: [other, prese
 """
 
 import difflib
+import itertools
 import re
 import typing
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from pydantic import BaseModel, ValidationError
 
 from aceray.config import Config
 from aceray.errors import ConfigError
+from aceray.secrets import masked
 
 Mapping = dict[str, Any]
 OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*)=(.*)$", re.DOTALL)
 MOST_ERRORS = 3
+MOST_VALUES, MOST_SHOWN = 100_000, 200
 STUDIES = "study/"
 
 
@@ -164,7 +167,7 @@ def _fragments(name: str, parents: tuple[str, ...]) -> Iterator[tuple[str, Mappi
         raise ConfigError(f"{path}: a preset is lines of `setting: value`, but this is a {type(found).__name__}")
     mapping = dict(mapping)
     included = mapping.pop("include", [])
-    for other in [included] if isinstance(included, str) else included:
+    for other in included if isinstance(included, list) else [included]:
         yield from _fragments(str(other), (*parents, str(path)))
     own: Mapping = {}
     for key, value in mapping.items():
@@ -173,13 +176,34 @@ def _fragments(name: str, parents: tuple[str, ...]) -> Iterator[tuple[str, Mappi
 
 
 def _parse(text: str, where: str) -> Any:
+    where = masked(where)
     try:
-        return _Loader(text).get_single_data()
+        found = _Loader(text).get_single_data()
+        # aliases of aliases: a few lines that would be written out, in a message or a file, as gigabytes
+        if next(itertools.islice(_values(found), MOST_VALUES, None), None) is not None:
+            raise ConfigError(f"{where}: holds more than {MOST_VALUES:,} values, counting what its aliases repeat")
+        return found
+    except (RecursionError, ValueError, TypeError, AttributeError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: not valid YAML ({reason})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None or mark.line == 0 else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{where}{line}: not valid YAML ({problem})") from error
+
+
+def _values(found: Any) -> Iterator[Any]:
+    """Every value in lists and mappings, as often as it stands there."""
+    waiting = [iter([found])]
+    while waiting:
+        value = next(waiting[-1], waiting)
+        if value is waiting:
+            waiting.pop()
+            continue
+        yield True
+        if isinstance(value, dict | list):
+            waiting.append(iter(value.values() if isinstance(value, dict) else value))
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,7 +304,8 @@ def _problem(item: Mapping, sources: list[tuple[str, Mapping]]) -> str:
     if item["type"] == "value_error":
         return f"{key or 'config'}: {message}{at}"
     meaning = settings().get(key, "")
-    return f"{key}: {message}, found {item['input']!r}{at}" + (f" ({meaning})" if meaning else "")
+    found = masked(repr(item["input"]))[:MOST_SHOWN]
+    return f"{key}: {message}, found {found}{at}" + (f" ({meaning})" if meaning else "")
 
 
 def _contains(mapping: Any, dotted: str) -> bool:

@@ -54,5 +54,5 @@ def test_public_names() -> None:
         "import aceray\nprint(all(callable(getattr(aceray, name)) for name in aceray.__all__), aceray.__all__)"
     )
     expected = "True ['check', 'compare', 'evaluate', 'evaluate_half_maps', 'evaluate_with_oracle', 'export', "
-    expected += "'load_config', 'load_study', 'predict', 'prepare', 'score', 'simulate', 'train', 'tune']"
+    expected += "'load_config', 'load_study', 'predict', 'prepare', 'score', 'simulate', 'sync', 'train', 'tune']"
     assert names == expected

@@ -1,20 +1,24 @@
 """The MLflow run against a real sqlite store."""
 
+import contextlib
 import json
 import logging
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from aceray.config import Config
 from aceray.errors import ConfigError
 from aceray.folder import RunFolder, create_run_folder
 from aceray.presets import flat, load_config
-from aceray.tracking.run import MlflowTracker, Tracker, resolve_uri, software_tags, start_tracking
+from aceray.tracking.journal import Record
+from aceray.tracking.run import Tracker, software_tags, start_tracking
+from aceray.tracking.store import Store, resolve_uri
 
 
 @pytest.fixture(scope="module")
@@ -106,43 +110,45 @@ def test_a_run_deleted_from_the_store_is_begun_anew(config: Config, folder: RunF
     assert folder.read_notes()["mlflow_run_id"] == again.run_id
 
 
-def test_points_travel_in_batches(config: Config, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with start_tracking(config, folder, {}) as tracker:
-        assert isinstance(tracker, MlflowTracker)
-        sent: list[int] = []
-        send = tracker.client.log_batch
-        monkeypatch.setattr(
-            tracker.client, "log_batch", lambda run, metrics: (sent.append(len(metrics)), send(run, metrics=metrics))
-        )
-        monkeypatch.setattr("aceray.tracking.run.time.monotonic", lambda: 0.0)
-        for step in range(1, 121):
-            tracker.log(step, {f"train/{name}": 0.5 for name in "abcde"})
-        assert sent == [250, 250]
-    assert sum(sent) == 600
-
-
-def test_an_outage_loses_no_points(
-    config: Config, folder: RunFolder, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, caplog
+def test_points_travel_in_batches(
+    config: Config, folder: RunFolder, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with caplog.at_level(logging.WARNING), start_tracking(config, folder, {}) as tracker:
-        assert isinstance(tracker, MlflowTracker)
-        now = [0.0]
-        monkeypatch.setattr("aceray.tracking.run.time.monotonic", lambda: now[0])
+    sent: list[int] = []
+    points = Store.points
 
-        def unplugged(run_id: str, metrics: list) -> None:
-            raise MlflowException("no route to host")
+    def counted(self: Store, records: list[Record], runs: dict[str, str]) -> None:
+        sent.append(sum(len(record["metrics"]) for record in records))
+        points(self, records, runs)
 
-        send = tracker.client.log_batch
-        monkeypatch.setattr(tracker.client, "log_batch", unplugged)
+    monkeypatch.setattr(Store, "points", counted)
+    with start_tracking(config, folder, {}) as tracker:
+        for step in range(1, 501):
+            tracker.log(step, {f"train/{name}": 0.5 for name in "abcde"})
+    assert sum(sent) == 2500 and max(sent) <= 1000 and len(sent) <= 5
+    assert [point.step for point in client.get_metric_history(str(tracker.run_id), "train/e")] == list(range(1, 501))
+
+
+def test_a_locked_database_loses_no_points(
+    config: Config, folder: RunFolder, client: MlflowClient, database: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """A real outage without a server: another process has the database for itself for longer than sqlite waits."""
+    monkeypatch.setattr("aceray.tracking.sender.SECONDS_A_BATCH", 0.2)
+    other = sqlite3.connect(database, isolation_level=None)
+    with caplog.at_level(logging.WARNING), start_tracking(config, folder, {}) as tracker, contextlib.closing(other):
+        other.execute("BEGIN EXCLUSIVE")
         for step in range(1, 301):
             tracker.log(step, {"train/loss_total": 1.0 * step})
-            now[0] += 0.1
-        monkeypatch.setattr(tracker.client, "log_batch", send)
-    assert [record.message for record in caplog.records if "does not answer" in record.message] == [
-        "MLflow does not answer (no route to host); points wait, history.jsonl has them"
-    ]
-    points = client.get_metric_history(tracker.run_id, "train/loss_total")
-    assert [point.step for point in points] == list(range(1, 301))
+        deadline = time.monotonic() + 60
+        while "does not answer" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert tracker.backlog == 300
+        other.execute("ROLLBACK")
+    told = [record.message for record in caplog.records if "does not answer" in record.message]
+    assert len(told) == 1 and "locked" in told[0] and told[0].endswith("tracking.jsonl keeps everything")
+    points = client.get_metric_history(str(tracker.run_id), "train/loss_total")
+    assert [(point.step, point.value) for point in points] == [(step, 1.0 * step) for step in range(1, 301)]
+    assert tracker.backlog == 0
+    assert client.get_run(str(tracker.run_id)).data.tags["aceray.tracking"] == "complete"
 
 
 def test_off_when_not_wanted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Particle files of cryoSPARC, NumPy record arrays: read without pickles, joined with passthrough files, written."""
 
-import zipfile
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,35 @@ _CTF = {
 POSE_GROUPS = ("alignments3D", "alignments_class_0")
 
 
+def load_array(path: Path) -> np.ndarray:
+    """The array of a .npy file. Its claimed sizes are compared with the file's before anything is allocated.
+
+    Raises DataError when the file cannot be read, ValueError when it is anything else or shorter than it claims.
+    """
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            version = np.lib.format.read_magic(stream)
+            if int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little") > size:
+                raise ValueError("its header is longer than the file")
+            stream.seek(np.lib.format.MAGIC_LEN)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, kind = read(stream)
+            if math.prod(shape) * kind.itemsize > size - stream.tell() or min(shape, default=0) < 0:
+                raise ValueError("its array is longer than the file")
+            stream.seek(0)
+            return np.load(stream, allow_pickle=False)
+    except OSError as error:
+        raise storage_error(path, error, "read") from error
+    except Exception as error:  # a hostile header, which NumPy parses as Python, may raise anything
+        raise ValueError(" ".join(str(error).split())[:100] or type(error).__name__) from error
+
+
 def read_record_array(path: Path) -> np.ndarray:
     """The rows of a .cs file. Raises DataError when it is missing or anything else than a record array with rows."""
     try:
-        table = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise storage_error(path, error, "read") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile):
+        table = load_array(path)
+    except ValueError:
         table = None
     if not isinstance(table, np.ndarray) or table.dtype.names is None or table.ndim != 1 or len(table) == 0:
         raise DataError(f"{path}: is no cryoSPARC particle file, a NumPy record array; export it again.")

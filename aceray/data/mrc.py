@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aceray.data.mrc_header import check_length, read_header
 from aceray.data.storage import storage_error, written_atomically
 from aceray.errors import DataError
 
@@ -56,6 +57,7 @@ def read_volume(path: Path | str) -> tuple[Float[Tensor, "d d d"], float]:
 
 
 def _read(path: Path) -> tuple[np.ndarray, tuple[float, float, float], list[int]]:
+    check_length(path, read_header(path))
     try:
         with mrcfile.open(path) as file:
             header: Any = file.header

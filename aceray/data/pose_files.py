@@ -229,8 +229,11 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays of numbers, tuples and lists; refuses every class or function it has no stand-in for."""
+class _ArrayUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Reads arrays of numbers, tuples and lists; refuses every class or function it has no stand-in for.
+
+    The one in C allocates room for as many remembered objects as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from aceray.data.cryosparc import particles_from_cs, read_record_array, with_passthrough
+from aceray.data.cryosparc import load_array, particles_from_cs, read_record_array, with_passthrough
 from aceray.data.particle_table import POSE_COLUMNS, Findings, ParticleTable, check_values
 from aceray.data.pose_files import unpickle_arrays
 from aceray.data.stacks import StackFile, StackFinder, open_stack
@@ -235,7 +235,7 @@ def _rows_of_file(path: Path) -> Int[np.ndarray, "m"]:
         if path.suffix == ".pkl":
             values = unpickle_arrays(path)[0]
         elif path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = load_array(path)
         else:
             values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.int64)
     except OSError as error:

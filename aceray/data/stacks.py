@@ -1,24 +1,19 @@
 """Stacks of particle images as MRC files: finding them, their headers (mrcfile), and reading single images."""
 
-import bz2
 import gzip
 import os
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import mrcfile
-import mrcfile.utils
 import numpy as np
 from jaxtyping import Float, Int
 
+from aceray.data.mrc_header import Compression, opened, read_header
 from aceray.data.storage import storage_error, written_atomically
 from aceray.errors import DataError
 
-_MAGIC: dict[bytes, Literal["gzip", "bzip2"]] = {b"\x1f\x8b": "gzip", b"BZ": "bzip2"}
 _READ_AT_ONCE = 16 * 2**20  # bytes of neighbouring images
 
 
@@ -37,7 +32,7 @@ class StackFile:
     dtype: str
     offset: int
     pixel_size_angstrom: float | None
-    compression: Literal["gzip", "bzip2"] | None
+    compression: Compression | None
 
     @property
     def image_bytes(self) -> int:
@@ -49,24 +44,13 @@ def open_stack(path: Path) -> StackFile:
 
     Raises DataError when the file cannot be read, is no MRC file, holds complex numbers or images that are not square.
     """
-    try:
-        with open(path, "rb") as stream:
-            compression = _MAGIC.get(stream.read(2))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # old writers leave out the map name or machine stamp
-            with mrcfile.open(path, permissive=True, header_only=True) as file:
-                header: Any = file.header
-                dtype = mrcfile.utils.data_dtype_from_header(header)
-                sides, offset = (int(header.nx), int(header.ny), int(header.nz)), 1024 + int(header.nsymbt)
-                width = float(header.cella.x)
-                sampling = int(header.mx)
-    except OSError as error:
-        raise storage_error(path, error, "read") from error
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: is not a readable MRC file ({error}); copy it again.") from error
+    header = read_header(path)
+    record, dtype, offset, compression = header.record, header.dtype, header.offset, header.compression
+    sides = (int(record.nx), int(record.ny), int(record.nz))
+    width, sampling = float(record.cella.x), int(record.mx)
     if dtype.kind == "c":
         raise DataError(f"{path}: holds complex numbers (mode 4); aceray needs images in real space.")
-    if sides[0] != sides[1] or min(sides) < 1 or offset < 1024:
+    if sides[0] != sides[1] or min(sides) < 1:
         raise DataError(f"{path}: holds {sides[2]} images of {sides[0]} x {sides[1]} px; aceray needs square ones.")
     pixel_size = width / sampling if sampling > 0 else 0.0
     stated = pixel_size if np.isfinite(pixel_size) and pixel_size > 0 else None
@@ -82,10 +66,9 @@ def unpack(stack: StackFile, target: Path) -> StackFile:
 
     Raises DataError when a disk refuses.
     """
-    opener: Any = gzip.open if stack.compression == "gzip" else bz2.open
     with written_atomically(target) as temporary, open(temporary, "wb") as out:
         try:
-            with opener(stack.path, "rb") as stream:
+            with opened(stack.path, stack.compression) as stream:
                 # read1: what was unpacked before the break is returned, not thrown away with the error
                 while part := stream.read1(2**18):
                     out.write(part)

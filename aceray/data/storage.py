@@ -1,17 +1,22 @@
 """Writing files so that a final name never holds half a file, and saying plainly why one could not be written."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from aceray.errors import DataError
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose a folder on another disk",
+    errno.EFBIG: "raise the limit of the file size (ulimit -f), or choose another folder",
+    errno.EIO: "the disk fails: look at the system's log, and choose a folder on another disk",
     errno.EDQUOT: "free some of the quota or choose a folder on another disk",
     errno.EACCES: "choose a folder you may write to, or change its permissions",
     errno.EPERM: "choose a folder you may write to, or change its permissions",
@@ -52,6 +57,75 @@ def written_atomically(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def append_line(path: Path, file: FileIO, line: str) -> None:
+    """Add a line to the unbuffered `file`, whole or not at all; another process sees it when this returns.
+
+    Raises DataError when the system refuses.
+    """
+    data, before = line.encode() + b"\n", os.fstat(file.fileno()).st_size
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), before)  # half a line would spoil the next
+        raise storage_error(path, error) from error
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the folder `path`, which need not exist yet, for this process alone; a kill lets go of it.
+
+    Every machine that shares the folder sees the lock, unless its file system has none.
+
+    Raises DataError when another process holds it, or none can be made beside it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _locked(lock: Path, path: Path) -> int:
+    """Descriptor of the lock file, locked, and still the one that has this name."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path)
+            if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                with suppress(OSError):  # a full disk: who holds it is then not told
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return descriptor
+        except FileNotFoundError:
+            pass  # it was let go of, and deleted, in this moment
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 100).decode(errors="replace") or "another process"
+        raise DataError(
+            f"{path}: {holder} writes here at this moment; nothing was touched. Wait for it, or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
 
 
 def flush_to_disk(path: Path) -> None:

@@ -43,7 +43,7 @@ METRICS = (
     Metric("aceray_pose_coverage", "share", "view directions that the predicted poses reach", RUN),
     Metric("aceray_fsc_resolution_angstrom", "angstrom", "where the FSC crosses", (*RUN, "against", "threshold")),
     Metric("aceray_select_score", "as named", "scores that need no truth, select/ in MLflow", (*RUN, "score")),
-    Metric("aceray_tracking_backlog_points", "points", "points that MLflow has not taken yet", RUN),
+    Metric("aceray_tracking_backlog_records", "records", "records that MLflow has not taken yet", RUN),
     Metric("aceray_device_memory_bytes", "bytes", "most that torch held on a GPU so far", (*RUN, "device")),
     Metric("aceray_device_memory_total_bytes", "bytes", "memory of that GPU", (*RUN, "device")),
     Metric("aceray_data_particles", "particles", "particles written, refused ones included", ("dataset",)),

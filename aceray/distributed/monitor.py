@@ -125,8 +125,8 @@ class RunMonitor(Monitor):
             resolution = latest.details["half_map_resolution_angstrom"]
             yield "aceray_fsc_resolution_angstrom", resolution, {**labels, **_HALVES}
         yield from self._measured()
-        if self._tracker.run_id is not None:
-            yield "aceray_tracking_backlog_points", self._tracker.backlog, labels
+        if (backlog := self._tracker.backlog) is not None:
+            yield "aceray_tracking_backlog_records", backlog, labels
         yield from device_memory(labels)
 
     def _measured(self) -> Iterator[Sample]:
@@ -206,8 +206,8 @@ class StudyMonitor(Monitor):
             if finished:
                 best = min(finished) if mode == "min" else max(finished)
                 yield "aceray_study_best", best, {**self._labels, "metric": metric}
-        if self._tracker.run_id is not None:
-            yield "aceray_tracking_backlog_points", self._tracker.backlog, {**self._labels, "run": ""}
+        if (backlog := self._tracker.backlog) is not None:
+            yield "aceray_tracking_backlog_records", backlog, {**self._labels, "run": ""}
 
 
 def labels_of(folder: RunFolder) -> dict[str, str]:

@@ -5,10 +5,12 @@ Without workers this needs neither Ray nor MLflow installed.
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,18 +19,28 @@ import torch
 from aceray.build import final_box, lane_count, last_step, row_groups_of_lanes, training_box
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.data.storage import append_line, exclusive
 from aceray.distributed.ingest import read_here
 from aceray.distributed.monitor import RunMonitor
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
 from aceray.distributed.share import Place, Share, predict_share, train_share
 from aceray.errors import AcerayError, ClusterError, DataError
-from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, finite_or_none, open_run_folder
+from aceray.folder import (
+    Existing,
+    RunFolder,
+    RunResult,
+    create_run_folder,
+    finite_or_none,
+    open_run_folder,
+    run_path,
+)
 from aceray.presets import load_config
 from aceray.tracking.run import Tracker, presets_tag, software_tags, start_tracking
 from aceray.train.evaluate import MaskKind
 from aceray.train.loop import Progress
 from aceray.train.oracle import OracleProgress
 
+_log = logging.getLogger("aceray")
 OnProgress = Callable[[Progress], None]
 OnSearch = Callable[[OracleProgress], None]
 ReadStack = Callable[[Config], tuple[ParticleSet, ParticleStack]]
@@ -70,18 +82,40 @@ def run_steps(
         particles, stack = open_particles(config.data.path, config.data.half_set), None
     workers, lanes = max(1, config.resources.workers), lane_count(config)
     groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
-    folder = create_run_folder(config, existing)
+    with exclusive(run_path(config)):
+        return (yield from _in_folder(config, create_run_folder(config, existing), particles, groups, stack, track))
+
+
+def _in_folder(
+    config: Config,
+    folder: RunFolder,
+    particles: ParticleSet,
+    groups: list[list[RowGroup]],
+    stack: ParticleStack | None,
+    track: Track,
+) -> Generator[Progress, None, RunResult]:
     try:
         _check_data(folder, particles)
         with track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
-            steps = folder.checkpoint_steps()
-            folder.cut_history(steps[-1] if steps else 0)
+            folder.cut_history(_newest_whole(folder))
             with _timed(folder), contextlib.closing(_train(config, folder, particles, groups, stack)) as progress:
                 shares = yield from follow(progress, folder, tracker)
             return write_results(config, folder, particles, shares, tracker)
     except AcerayError:
         folder.remove_if_nothing_done()
         raise
+
+
+def _newest_whole(folder: RunFolder) -> int:
+    """The step from which the run goes on: that of the newest checkpoint that can be read."""
+    aside = folder.set_aside_damaged()
+    steps = folder.checkpoint_steps()
+    if aside:
+        _log.warning(
+            "%s: the checkpoint is damaged and was renamed to %s; the run goes on from step %d",
+            folder.checkpoints, ", ".join(path.name for path in aside), steps[-1],
+        )  # fmt: skip
+    return steps[-1] if steps else 0
 
 
 def exhaust(steps: Generator[Event, None, Result], on_event: Callable[[Event], None] | None) -> Result:
@@ -159,7 +193,7 @@ def compare_half_runs(path: str | Path, other_path: str | Path, mask: MaskKind =
             f"{other.path}: trained on other particles than {folder.path} (data sets {str(digests[1])[:12]} and "
             f"{str(digests[0])[:12]}); half maps are of one data set"
         )
-    with start_tracking(config, folder, _tags(config, str(digests[0]))) as tracker:
+    with exclusive(folder.path), start_tracking(config, folder, _tags(config, str(digests[0]))) as tracker:
         tracker.status_at_end = tracker.status_before
         return write_half_maps(folder, other, mask, tracker)
 
@@ -176,7 +210,7 @@ def _evaluate(
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     stored, device = particles.manifest.box, device_of(config)
-    with ended_by_sigterm(), threads(config):
+    with ended_by_sigterm(), threads(config), exclusive(folder.path):
         largest = read_here(particles, particles.row_groups(), final_box(config, stored))
         beside = score_oracle(particles, largest, device)
         box = training_box(config, stored)
@@ -283,7 +317,7 @@ def follow(
     rows = folder.read_history()
     seen = int(rows[-1]["step"]) if rows else 0
     watched = contextlib.closing(RunMonitor(folder, tracker))
-    with open(folder.history, "a", encoding="utf-8") as journal, watched as monitor:
+    with FileIO(folder.history, "a") as journal, watched as monitor:
         while True:
             try:
                 event = next(progress)
@@ -294,8 +328,7 @@ def follow(
                 continue
             seen = event.step
             row = named(event)
-            journal.write(json.dumps({"step": event.step, **finite_or_none(row)}) + "\n")
-            journal.flush()
+            append_line(folder.history, journal, json.dumps({"step": event.step, **finite_or_none(row)}))
             tracker.log(event.step, row)
             yield event
 

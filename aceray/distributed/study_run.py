@@ -17,7 +17,7 @@ from typing import Any
 from aceray.build import lane_count
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import exclusive, storage_error, written_atomically
 from aceray.distributed.monitor import StudyMonitor
 from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
@@ -81,7 +81,7 @@ def run_study(
         ClusterError: Ray cannot give what the trials ask for.
     """
     _check_address(study, address)
-    with ended_by_sigterm():
+    with ended_by_sigterm(), exclusive(study_path(study)):
         with _opened(study, resume) as folder:
             trials = [] if study.search.kind == "optuna" else list_trials(study, folder, address)
             asked = trials or _sample(study, folder)
@@ -164,7 +164,7 @@ def _study_file(folder: Path) -> Path:
 @contextlib.contextmanager
 def _opened(study: Study, resume: bool) -> Iterator[Path]:
     """The study's folder, which is taken away again when a mistake is found before it is a study."""
-    folder = Path(study.studies).expanduser().absolute() / study.name
+    folder = study_path(study)
     if _study_file(folder).exists():
         if not resume:
             raise DataError(
@@ -182,6 +182,11 @@ def _opened(study: Study, resume: bool) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # what holds something stays
                 (folder / "trials").rmdir()
                 folder.rmdir()
+
+
+def study_path(study: Study) -> Path:
+    """Where a study leaves its folder."""
+    return Path(study.studies).expanduser().absolute() / study.name
 
 
 def _check_same_study(study: Study, folder: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from aceray.build import last_step
 from aceray.config import Config
 from aceray.data.mrc import read_volume
 from aceray.data.particles import open_particles
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import append_line, storage_error, written_atomically
 from aceray.distributed.run import ReadStack, named, run_steps, threads
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import AcerayError, DataError
@@ -266,8 +267,8 @@ def _write_journal(trial: Trial, report: Report) -> None:
     folder = RunFolder(trial.folder)
     if report.step <= max((row["step"] for row in folder.read_history()), default=0):
         return
-    with open(folder.history, "a", encoding="utf-8") as journal:
-        journal.write(json.dumps({"step": report.step, **finite_or_none(report.metrics)}) + "\n")
+    with FileIO(folder.history, "a") as journal:
+        append_line(folder.history, journal, json.dumps({"step": report.step, **finite_or_none(report.metrics)}))
 
 
 # ---- scores of a pair

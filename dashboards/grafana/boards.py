@@ -232,10 +232,10 @@ FLEET = Board(
         ),
         one("Network received", "Bps", "", "max by (ip) (ray_node_network_receive_speed)", NODE),
         one(
-            "Points that wait for MLflow",
+            "Records that wait for MLflow",
             "short",
             "by run and study",
-            "max by (study, run) (ray_aceray_tracking_backlog_points)",
+            "max by (study, run) (ray_aceray_tracking_backlog_records)",
         ),
         one("Particles a second, all runs", "short", "", "sum(aceray:train_particles_per_second)", "particles"),
     ),

@@ -157,7 +157,7 @@ def test_a_step(tmp_path: Path) -> None:
             "aceray_pose_coverage": 0.875,
         }.items()
     )
-    assert "aceray_tracking_backlog_points" not in alone  # tracking is off
+    assert "aceray_tracking_backlog_records" not in alone  # tracking is off
     assert values_of(samples, "aceray_train_loss") == {("ipi",): 0.5, ("total",): 0.75}
     assert values_of(samples, "aceray_pose_rotation_sqfrob") == {("mean",): 0.5, ("median",): 0.25}
     assert values_of(samples, "aceray_fsc_resolution_angstrom") == {("truth", "0.5"): 9.0, ("truth", "0.143"): 7.0}
@@ -173,7 +173,7 @@ def test_a_round_follows_the_steps(tmp_path: Path) -> None:
     assert values_of(samples, "aceray_refine_rescued_fraction") == {(): 0.05}
     assert values_of(samples, "aceray_refine_unexplained_fraction") == {(): 0.75}
     assert values_of(samples, "aceray_fsc_resolution_angstrom") == {("halves", "0.143"): 6.0}
-    assert values_of(samples, "aceray_tracking_backlog_points") == {(): 17}
+    assert values_of(samples, "aceray_tracking_backlog_records") == {(): 17}
 
 
 def test_metrics_stay_until_the_next_evaluation(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_study() -> None:
     }
     # larger is better for one, smaller for the other; what still runs has no say
     assert values_of(samples, "aceray_study_best") == {("fsc/auc",): 0.75, ("pose/rotation_sqfrob_mean",): 0.25}
-    assert ("aceray_tracking_backlog_points", 23, {"study": "s", "run": ""}) in samples
+    assert ("aceray_tracking_backlog_records", 23, {"study": "s", "run": ""}) in samples
 
 
 def test_memory_of_the_gpus_that_torch_uses(tmp_path: Path, gpu: None) -> None:

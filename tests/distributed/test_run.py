@@ -159,16 +159,35 @@ def test_resume_of_a_finished_run_trains_nothing(configure: Configure) -> None:
     np.testing.assert_array_equal(first.volume, second.volume)
 
 
-def test_a_damaged_checkpoint_is_named(configure: Configure) -> None:
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(configure: Configure, caplog) -> None:
     config = configure("train.steps=6", "train.checkpoint_every=3")
-    result = run(config)
-    file = result.folder / "checkpoints" / "step-000006.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-5] ^= 4
-    file.write_bytes(damaged)
+    folder = RunFolder(run(config).folder)
+    whole = {name: tensor.clone() for name, tensor in folder.read_checkpoint(6)[0].items()}  # they are mapped
+    damage(folder.checkpoint_file(6))
     with pytest.raises(DataError, match=r"step-000006\.safetensors: the checkpoint is damaged"):
+        evaluate_run(folder.path)
+    again: list[int] = []
+    run(config, existing="resume", on_progress=lambda event: again.append(event.step))
+    assert again == [4, 5, 6]
+    assert "renamed to step-000006.damaged; the run goes on from step 3" in caplog.text
+    tensors, _ = folder.read_checkpoint(6)
+    assert tensors.keys() == whole.keys() and all(tensors[name].equal(whole[name]) for name in whole)
+
+
+def test_with_no_whole_checkpoint_left_nothing_is_begun_again_unasked(configure: Configure) -> None:
+    config = configure("train.steps=6", "train.checkpoint_every=3")
+    folder = RunFolder(run(config).folder)
+    for step in (3, 6):
+        damage(folder.checkpoint_file(step))
+    with pytest.raises(DataError, match=r"step-000003\.safetensors: the checkpoint is damaged .* from step 0"):
         run(config, existing="resume")
-    file.unlink()
+    folder.checkpoint_file(3).unlink()
     assert run(config, existing="resume").metrics["train/steps"] == 6
 
 

@@ -1,8 +1,11 @@
 """A study in a real sqlite store of MLflow: one parent, a child a trial, grandchildren for the runs of a pair."""
 
+import contextlib
 import csv
 import json
 import re
+import sqlite3
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,6 @@ from urllib.parse import unquote
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from aceray.config import Config
 from aceray.data.particles import ParticleSet
@@ -22,7 +24,7 @@ from aceray.distributed.trial import TrialEvent
 from aceray.errors import NonFiniteLoss
 from aceray.presets import flat, load_config
 from aceray.study import Study
-from aceray.tracking.study import MlflowStudyTracker, _shortened
+from aceray.tracking.store import shortened
 from aceray.train.loop import Progress
 from tests.distributed.test_study_run import Make
 
@@ -145,27 +147,29 @@ def test_the_runs_of_a_pair_are_grandchildren(make: Make, client: MlflowClient, 
 
 
 def test_an_outage_in_the_middle_is_made_up_for(
-    make: Make, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+    make: Make, client: MlflowClient, tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    """The store is away while the first trial runs; at the end it has everything."""
-    follow, away = MlflowStudyTracker._follow, [True]
+    """Another process has the database for itself while the first trial runs; at the end it has everything."""
+    monkeypatch.setattr("aceray.tracking.sender.SECONDS_A_BATCH", 0.1)
+    other = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
+    asked: list[str] = []
 
-    def unplugged(self: MlflowStudyTracker, *arguments: object) -> None:
-        if away[0]:
-            raise MlflowException("no route to host")
-        follow(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(MlflowStudyTracker, "_follow", unplugged)
-
-    def plug_in(event: TrialEvent) -> None:
+    def hold(event: TrialEvent) -> None:
+        if not asked:
+            other.execute("BEGIN EXCLUSIVE")
+        asked.append(event.status)
+        deadline = time.monotonic() + 60
+        while "does not answer" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
         if event.status == "finished":
-            away[0] = False
+            other.execute("ROLLBACK")
 
-    run_study(make(space={"pip.weight": [0.0]}), "none", on_event=plug_in)
+    with contextlib.closing(other):
+        run_study(make(space={"pip.weight": [0.0]}), "none", on_event=hold)
     assert len([record for record in caplog.records if "MLflow does not answer" in record.message]) == 1
     run = runs_of(client, tmp_path.name)["weight_0.0"]
     assert steps(client, run, "train/loss_total") == list(range(1, 21))
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and run.data.tags["aceray.tracking"] == "complete"
 
 
 def test_a_failed_trial_is_failed_in_the_store(
@@ -191,7 +195,12 @@ def test_a_trial_interrupted_at_a_report_goes_on_in_its_run(make: Make, client: 
 
     def interrupt(event: TrialEvent) -> None:
         if event.report is not None and event.report.step == 10:
-            run = runs_of(client, tmp_path.name)["weight_2.0"]
+            deadline = time.monotonic() + 60  # it is sent in the background
+            run = None
+            while run is None or len(steps(client, run, "train/loss_total")) < 10:
+                time.sleep(0.2)
+                run = runs_of(client, tmp_path.name).get("weight_2.0")
+                assert time.monotonic() < deadline
             assert (run.info.status, steps(client, run, "train/loss_total")) == ("RUNNING", list(range(1, 11)))
             seen.append(run.info.run_id)
             raise KeyboardInterrupt
@@ -294,8 +303,8 @@ def test_runs_name_their_presets_and_parents_hold_the_figures(make: Make, client
 def test_a_note_is_cut_at_the_end_of_a_line() -> None:
     lines = [f"| {number:04d} | {'x' * 100} |\n" for number in range(100)]
     short = "".join(lines[:60])
-    assert _shortened(short) == short
-    cut = _shortened("".join(lines))
+    assert shortened(short) == short
+    cut = shortened("".join(lines))
     assert len(cut) <= 8000 and cut.startswith("".join(lines[:70]))
     *kept, empty, rest = cut.splitlines(keepends=True)
     assert kept == lines[: len(kept)] and (empty, rest[:8]) == ("\n", "The rest")
