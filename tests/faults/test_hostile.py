@@ -182,6 +182,9 @@ def test_manifests_and_checkpoints_of_another_time_or_place(tmp_path: Path) -> N
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "aceray-particles", "version": 7}))
     with pytest.raises(DataError, match=r"is of version 7, this aceray reads version 1: upgrade aceray"):
         Manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        Manifest.read(tmp_path)
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     folder.checkpoint_file(3).write_bytes(save({"w": torch.ones(2)}, {"format": "pt"}))
