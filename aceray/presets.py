@@ -22,7 +22,7 @@ from aceray.secrets import masked
 Mapping = dict[str, Any]
 OVERRIDE = re.compile(r"^([A-Za-z_][\w.]*)=(.*)$", re.DOTALL)
 MOST_ERRORS = 3
-MOST_VALUES, MOST_SHOWN = 100_000, 200
+MOST_VALUES, MOST_LEVELS, MOST_SHOWN = 100_000, 50, 200
 STUDIES = "study/"
 
 
@@ -210,6 +210,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars (`1e-3` is a number, `no` is a word), and a key twice is an error."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MOST_LEVELS:  # each level more takes the parser longer, until it ends in a RecursionError
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", None)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]

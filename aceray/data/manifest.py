@@ -95,7 +95,7 @@ class Manifest:
             raise DataError(f"{folder}: holds no {MANIFEST_NAME}, so it is not a dataset of aceray.") from error
         except OSError as error:
             raise storage_error(path, error, "read") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not JSON ({error}); make the dataset again.") from error
         return Manifest._checked(values, path)
 

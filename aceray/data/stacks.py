@@ -135,8 +135,8 @@ class StackFinder:
             # by its name alone: links that somebody put into an allowed folder are followed
             path = Path(os.path.normpath(candidate))
             if not any(path.is_relative_to(folder) for folder in self.allowed):
-                outside = outside or (path if path.is_file() else None)
-            elif path.is_file():
+                outside = outside or (path if _is_file(path) else None)
+            elif _is_file(path):
                 return path
         if outside is not None:
             raise DataError(
@@ -155,6 +155,14 @@ class StackFinder:
     def _advice(self, plain: str) -> str:
         """The folder above the metadata file from which a project's relative names are right, if there is one."""
         for folder in self.metadata.parent.parents:
-            if not Path(plain).is_absolute() and (folder / plain).is_file():
+            if not Path(plain).is_absolute() and _is_file(folder / plain):
                 return f"give --datadir {folder}"
         return "give its folder with --datadir"
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name too long for the system is that of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

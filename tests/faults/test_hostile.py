@@ -17,8 +17,9 @@ from safetensors.torch import save
 from aceray.data.cryosparc import read_record_array
 from aceray.data.manifest import Manifest
 from aceray.data.mrc import read_volume, write_volume
+from aceray.data.particle_table import Findings
 from aceray.data.pose_files import unpickle_arrays
-from aceray.data.source import subset_rows
+from aceray.data.source import SourceFiles, open_source, subset_rows
 from aceray.data.stacks import open_stack
 from aceray.errors import AcerayError, ConfigError, DataError
 from aceray.folder import RunFolder
@@ -181,6 +182,9 @@ def test_manifests_and_checkpoints_of_another_time_or_place(tmp_path: Path) -> N
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "aceray-particles", "version": 7}))
     with pytest.raises(DataError, match=r"is of version 7, this aceray reads version 1: upgrade aceray"):
         Manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        Manifest.read(tmp_path)
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     folder.checkpoint_file(3).write_bytes(save({"w": torch.ones(2)}, {"format": "pt"}))
@@ -205,6 +209,16 @@ def test_names_that_lead_out_are_not_followed_by_any_reader(tmp_path: Path) -> N
         (tmp_path / "manifest.json").write_text(json.dumps(values))
         with pytest.raises(DataError, match="is not a plain name in the dataset's folder"):
             Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["9" * 5000, "a\x00b.mrcs", "~nobody/a.mrcs", "/" * 300 + "a", "\u2028", "a" * 300 + ".mrcs"]
+)
+def test_names_that_no_file_can_have_are_missing_stacks(tmp_path: Path, name: str) -> None:
+    findings = Findings()
+    (tmp_path / "a.txt").write_text(f"b.mrcs\n{name}\n")
+    open_source(SourceFiles(tmp_path / "a.txt"), findings)
+    assert findings.errors and all("is not there" in error for error in findings.errors)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
