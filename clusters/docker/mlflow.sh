@@ -5,9 +5,10 @@
 #   ACERAY_MLFLOW_HOSTS   names under which it is asked for, with ports, separated by commas
 set -euo pipefail
 
-read -r database_password </run/secrets/postgres_password
-read -r admin_password </run/secrets/mlflow_password
-read -r MLFLOW_FLASK_SERVER_SECRET_KEY </run/secrets/mlflow_key
+database_password=$(</run/secrets/postgres_password)
+admin_password=$(</run/secrets/mlflow_password)
+MLFLOW_FLASK_SERVER_SECRET_KEY=$(</run/secrets/mlflow_key)
+export MLFLOW_FLASK_SERVER_SECRET_KEY
 store="postgresql://mlflow:${database_password}@postgres/mlflow"
 umask 077
 MLFLOW_AUTH_CONFIG_PATH=$(mktemp --suffix=.ini)

@@ -76,9 +76,10 @@ class Laptop:
         code = self.submit(*command).wait()
         return code, (self.folder / "submitted.txt").read_text()
 
-    def add_node_without(self, path: Path) -> subprocess.Popen[str]:
-        """One more node, of which `path` is another folder, as where a disk is not mounted."""
-        command = f"mount -t tmpfs none {path} && exec ray start --block --address={self.address} --num-cpus=1 "
+    def add_node_without(self, *paths: Path) -> subprocess.Popen[str]:
+        """One more node, for which these are other, empty folders, as where a disk is not mounted."""
+        command = "".join(f"mount -t tmpfs none {path} && " for path in paths)
+        command += f"exec ray start --block --address={self.address} --num-cpus=1 "
         command += "--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
         log = self.folder / "blind.log"
         with open(log, "w") as out:

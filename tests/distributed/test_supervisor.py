@@ -12,6 +12,7 @@ import ray
 import torch
 
 from aceray.config import Config
+from aceray.distributed import supervisor
 from aceray.distributed.run import run
 from aceray.distributed.share import Place, Share
 from aceray.distributed.supervisor import _averaged, known_error
@@ -125,6 +126,23 @@ def test_workers_that_the_cluster_lacks(configure: Configure) -> None:
         run(configure("resources.workers=3", "train.batch=48"))
     assert "\n" not in str(error.value)
     assert not (Path(configure().runs) / "run").exists()
+
+
+def test_a_run_on_a_cluster_looks_at_the_storage_first(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that sees none of it ends the run before it begins; the name is free again."""
+    asked = []
+
+    def refuse(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ClusterError("node x: does not see it")
+
+    monkeypatch.setattr(supervisor, "check_shared", refuse)
+    config = configure("resources.workers=1", "resources.address=auto")
+    with pytest.raises(ClusterError, match="node x"):
+        run(config)
+    folder = Path(config.runs) / "run"
+    assert asked == [(folder, "runs", [Path(config.data.path)])]
+    assert not folder.exists()
 
 
 def test_snapshots_stay_with_the_worker() -> None:

@@ -133,6 +133,22 @@ def test_a_cluster_that_may_grow_gets_less_than_half_a_minute(write: Write, monk
         find_place(study, trials_of(study)[0].configs[0], "auto")
 
 
+def test_a_study_on_a_cluster_looks_at_the_storage_first(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder and the data sets of its trials."""
+    asked = []
+
+    def refuse(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ClusterError("node x: does not see it")
+
+    monkeypatch.setattr(sweep_module, "check_shared", refuse)
+    study = write()
+    trials = trials_of(study)
+    with pytest.raises(ClusterError, match="node x"):
+        sweep(study, trials, "auto", lambda event: None, lambda number, point: trials[0])
+    assert asked == [(folder_of(study), "studies", {Path(trials[0].configs[0].data.path)})]
+
+
 @pytest.mark.parametrize(
     ("base", "search", "place"),
     [
