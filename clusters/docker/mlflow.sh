@@ -9,13 +9,13 @@ database_password=$(</run/secrets/postgres_password)
 admin_password=$(</run/secrets/mlflow_password)
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(</run/secrets/mlflow_key)
 export MLFLOW_FLASK_SERVER_SECRET_KEY
-store="postgresql://mlflow:${database_password}@postgres/mlflow"
+store="postgresql+psycopg2://mlflow:${database_password}@postgres/mlflow"
 umask 077
 MLFLOW_AUTH_CONFIG_PATH=$(mktemp --suffix=.ini)
 cat >"$MLFLOW_AUTH_CONFIG_PATH" <<INI
 [mlflow]
 default_permission = READ
-database_uri = postgresql://mlflow:${database_password}@postgres/users
+database_uri = postgresql+psycopg2://mlflow:${database_password}@postgres/users
 admin_username = admin
 admin_password = ${admin_password}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
