@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import os
 import warnings
 import zlib
@@ -14,8 +15,10 @@ import mrcfile
 import mrcfile.utils
 import numpy as np
 from jaxtyping import Float, Int
+from mrcfile.mrcinterpreter import MrcInterpreter
 
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.location import Location
+from aceray.data.storage import open_binary, storage_error, written_atomically
 from aceray.errors import DataError
 
 _MAGIC: dict[bytes, Literal["gzip", "bzip2"]] = {b"\x1f\x8b": "gzip", b"BZ": "bzip2"}
@@ -30,7 +33,7 @@ class StackFile:
     unpacked before it is read.
     """
 
-    path: Path
+    path: Location
     images: int
     complete: int
     box: int
@@ -44,22 +47,18 @@ class StackFile:
         return self.box * self.box * np.dtype(self.dtype).itemsize
 
 
-def open_stack(path: Path) -> StackFile:
+def open_stack(path: Location) -> StackFile:
     """Read the header of a stack (.mrcs, or .mrc that is a stack), of any byte order, modes 0, 1, 2, 6 and 12.
 
     Raises DataError when the file cannot be read, is no MRC file, holds complex numbers or images that are not square.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_binary(path) as stream:
             compression = _MAGIC.get(stream.read(2))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # old writers leave out the map name or machine stamp
-            with mrcfile.open(path, permissive=True, header_only=True) as file:
-                header: Any = file.header
-                dtype = mrcfile.utils.data_dtype_from_header(header)
-                sides, offset = (int(header.nx), int(header.ny), int(header.nz)), 1024 + int(header.nsymbt)
-                width = float(header.cella.x)
-                sampling = int(header.mx)
+        header: Any = _header(path, compression is not None)
+        dtype = mrcfile.utils.data_dtype_from_header(header)
+        sides, offset = (int(header.nx), int(header.ny), int(header.nz)), 1024 + int(header.nsymbt)
+        width, sampling = float(header.cella.x), int(header.mx)
     except OSError as error:
         raise storage_error(path, error, "read") from error
     except (ValueError, EOFError) as error:
@@ -75,6 +74,18 @@ def open_stack(path: Path) -> StackFile:
         return stack
     whole = (path.stat().st_size - offset) // stack.image_bytes
     return StackFile(path, sides[2], max(0, min(sides[2], whole)), sides[0], dtype.str, offset, stated, None)
+
+
+def _header(path: Location, packed: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # old writers leave out the map name or machine stamp
+        if isinstance(path, Path):
+            with mrcfile.open(path, permissive=True, header_only=True) as file:
+                return file.header
+        if packed:
+            raise DataError(f"{path}: is compressed; unpack it, as aceray reads remote stacks in place.")
+        with path.open_input() as stream:
+            return MrcInterpreter(io.BytesIO(stream.read(1024)), permissive=True, header_only=True).header
 
 
 def unpack(stack: StackFile, target: Path) -> StackFile:
@@ -102,9 +113,10 @@ def read_images(stack: StackFile, index: Int[np.ndarray, "n"]) -> Float[np.ndarr
     """
     images = np.empty((len(index), stack.box, stack.box), dtype=np.float32)
     try:
-        with open(stack.path, "rb", buffering=0) as stream:
+        with open(stack.path, "rb", buffering=0) if isinstance(stack.path, Path) else stack.path.open_input() as stream:
             for rows, first, count in _runs(stack, index):
-                raw = os.pread(stream.fileno(), count * stack.image_bytes, stack.offset + first * stack.image_bytes)
+                stream.seek(stack.offset + first * stack.image_bytes)
+                raw = stream.read(count * stack.image_bytes)
                 pixels = np.frombuffer(raw, dtype=stack.dtype)
                 if len(pixels) != count * stack.box**2:
                     raise DataError(f"{stack.path}: has become shorter while it was read; copy it again.")
@@ -126,6 +138,14 @@ def _runs(stack: StackFile, index: Int[np.ndarray, "n"]) -> Iterator[tuple[np.nd
         start = end
 
 
+def _normal(path: Location) -> Location:
+    return Path(os.path.normpath(path)) if isinstance(path, Path) else path
+
+
+def _within(path: Location, folder: Location) -> bool:
+    return isinstance(path, Path) == isinstance(folder, Path) and path.is_relative_to(folder)  # pyright: ignore
+
+
 class StackFinder:
     """Where the stacks are that a metadata file names.
 
@@ -134,25 +154,25 @@ class StackFinder:
     folder and `datadir` is never opened, whatever the name says.
     """
 
-    def __init__(self, metadata: Path, datadir: Path | None = None) -> None:
-        self.metadata = Path(os.path.abspath(metadata))
-        self.datadir = None if datadir is None else Path(os.path.abspath(datadir.expanduser()))
+    def __init__(self, metadata: Location, datadir: Location | None = None) -> None:
+        self.metadata = _normal(metadata.absolute())
+        self.datadir = None if datadir is None else _normal(datadir.expanduser().absolute())
         self.here = Path.cwd()
 
     @property
-    def allowed(self) -> list[Path]:
+    def allowed(self) -> list[Location]:
         """Folders that a name may lead into."""
         return [self.here, self.metadata.parent, *([self.datadir] if self.datadir else [])]
 
-    def find(self, name: str) -> Path:
+    def find(self, name: str) -> Location:
         """The file of a name. Raises DataError, with the option that helps, when it is missing or not allowed."""
         plain = name.removeprefix(">").strip()
         outside = None
         for candidate in self._candidates(plain):
             # by its name alone: links that somebody put into an allowed folder are followed
-            path = Path(os.path.normpath(candidate))
-            if not any(path.is_relative_to(folder) for folder in self.allowed):
-                outside = outside or (path if path.is_file() else None)
+            path = _normal(candidate)
+            if not any(_within(path, folder) for folder in self.allowed):
+                outside = outside or (path if isinstance(path, Path) and path.is_file() else None)
             elif path.is_file():
                 return path
         if outside is not None:
@@ -162,7 +182,7 @@ class StackFinder:
             )
         raise DataError(f"{self.metadata}: names the stack {plain}, which is not there; {self._advice(plain)}.")
 
-    def _candidates(self, plain: str) -> Iterator[Path]:
+    def _candidates(self, plain: str) -> Iterator[Location]:
         yield self.here / plain
         yield self.metadata.parent / plain
         if self.datadir is not None:
