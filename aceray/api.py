@@ -10,6 +10,7 @@ from aceray.presets import load_config
 from aceray.study import Study, load_study
 
 if TYPE_CHECKING:
+    from aceray.data.location import Location
     from aceray.distributed.assign import Predicted
     from aceray.distributed.convert import Checked, Prepared
     from aceray.distributed.convert import Existing as ExistingDataset
@@ -42,7 +43,7 @@ OnProgress = Callable[[Any], None]
 
 def simulate(
     config: Config, existing: Literal["error", "keep", "overwrite"] = "error", on_progress: OnProgress | None = None
-) -> Path:
+) -> "Location":
     """Make the dataset that `config.simulation` describes and write it to `config.data.path`; returns that folder.
 
     A folder that holds something is an error, is kept as it is if it holds this very dataset, or is overwritten.
@@ -126,44 +127,39 @@ def leaderboard_of_starts(config: Config) -> Path:
     return starts.folder_of_starts(config) / "leaderboard.md"
 
 
-def export(run_folder: str | Path, out: str | Path) -> "Exported":
+def export(run_folder: str | Path, out: str | Path, spread: bool = False) -> "Exported":
     """Write volume, half maps, FSC tables and poses of a run to `out` for RELION, cryoSPARC and ChimeraX.
 
-    Poses refer to the original stacks, pixel size and particle names where the dataset was made by `prepare`.
+    Poses refer to the original stacks, pixel size and particle names where the dataset was made by `prepare`. With
+    `spread` they have a further column: how far the encoder's poses of an image's eight turns and mirrors disagree.
 
     Raises:
         DataError: this is no finished run, its dataset is missing, or `out` holds something else.
     """
     from aceray.distributed import export as exporting
 
-    return exporting.export_run(run_folder, out)
+    return exporting.export_run(run_folder, out, spread)
 
 
 def predict(
-    run_folder: str | Path,
-    source: str | Path,
-    out: str | Path,
-    workers: int = 0,
-    address: str | None = None,
-    on_progress: OnProgress | None = None,
-    **options: Any,
+    run_folder: str | Path, source: str | Path, out: str | Path, on_progress: OnProgress | None = None, **options: Any
 ) -> "Predicted":
-    """Assign poses to new particles with the encoder of a run: poses.star, poses.cs and poses.parquet in `out`.
+    """Assign poses to new particles with a finished run: poses.star, poses.cs and poses.parquet in `out`.
 
-    `source` is a dataset or what `prepare` takes; `options` (datadir, pixel_size, passthrough, ctf) say where its parts
-    are. Images are treated as those the run was trained on. With `workers` the work is done by actors of Ray Data.
-    `on_progress` is called with the `PredictionProgress` of every portion.
+    `source` is a dataset or what `prepare` takes; `options` are those of `aceray.preparation.Prediction`: refine,
+    eightfold, workers, datadir, …. Images are treated as those the run was trained on. `on_progress` is called with the
+    `PredictionProgress` of every portion.
 
     Raises:
         ConfigError: an option is unknown or out of range.
-        DataError: the run has no checkpoint, or the particles do not fit it.
+        DataError: the run has no checkpoint or, to refine, no map; or the particles do not fit it.
         ClusterError: Ray cannot give the workers.
     """
     from aceray.distributed import assign, convert
-    from aceray.preparation import preparation
+    from aceray.preparation import prediction
 
-    files = convert.source_files(source, preparation(**options))
-    return assign.predict_poses(run_folder, files, out, workers, address, on_progress)
+    settings = prediction(**options)
+    return assign.predict_poses(run_folder, convert.source_files(source, settings), out, settings, on_progress)
 
 
 def evaluate(run_folder: str | Path, on_progress: OnProgress | None = None) -> "RunResult":

@@ -21,9 +21,10 @@ from rich.table import Table
 from aceray import api
 from aceray.display import Page, RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
-from aceray.preparation import Preparation
+from aceray.preparation import Prediction, Preparation
 
 if TYPE_CHECKING:
+    from aceray.data.location import Location
     from aceray.distributed.study_run import StudyResult
     from aceray.folder import RunResult
 
@@ -51,7 +52,10 @@ def _with_options(settings: type[BaseModel]) -> Callable[[Callable], Callable]:
         for name, field in settings.model_fields.items():
             kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
             default = list(field.default) if kind == list[str] else field.default
-            option = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=field.description)]
+            flag = f"--{name.replace('_', '-')}"
+            if kind == bool | None:
+                flag = f"{flag}/--no-{flag[2:]}"
+            option = Annotated[kind, typer.Option(flag, help=field.description)]
             more.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option))
         command.__signature__ = Signature([*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
         return command
@@ -196,33 +200,33 @@ def evaluate(
 def export(
     run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
     out: Annotated[str, typer.Option(help="folder for the files")],
+    spread: Annotated[
+        bool, typer.Option("--spread", help="with the disagreement of an image's eight turns and mirrors, degrees")
+    ] = False,
 ) -> None:
     """Write a run's results for RELION, cryoSPARC and ChimeraX: volume, FSC tables, poses of the original particles."""
     with _readable("to start again, repeat the command"):
-        exported = api.export(run_folder, out)
+        exported = api.export(run_folder, out, spread)
     for name, path in exported.paths.items():
         print(f"{name:12} {_from_here(path)}")
 
 
 @app.command()
+@_with_options(Prediction)
 def predict(
     run_folder: Annotated[str, typer.Argument(help="folder of a run, for example runs/demo")],
     source: Annotated[str, typer.Argument(help="a dataset, or a .star, .cs, .txt, .mrcs or .mrc")],
     out: Annotated[str, typer.Option(help="folder for the poses")],
-    workers: Annotated[int, typer.Option(help="Ray actors; 0: in this process, without Ray")] = 0,
-    address: Annotated[str | None, typer.Option(help="of a running Ray cluster; else a local one")] = None,
-    datadir: Annotated[str | None, typer.Option(help="folder that holds the stacks")] = None,
-    pixel_size: Annotated[float | None, typer.Option(help="angstrom; overrules the input's")] = None,
-    passthrough: Annotated[list[str] | None, typer.Option(help="further .cs files of the same particles")] = None,
+    **options: Any,
 ) -> None:
-    """Assign poses to new particles with the encoder of a run: STAR, .cs and Parquet."""
-    options = {"datadir": datadir, "pixel_size": pixel_size, "passthrough": tuple(passthrough or ())}
+    """Assign poses to new particles with the encoder and the map of a run: STAR, .cs and Parquet."""
     with _readable("to start again, repeat the command"), RunDisplay("predict", "particles") as display:
-        found = api.predict(run_folder, source, out, workers, address, display.predicted, **options)
+        found = api.predict(run_folder, source, out, display.predicted, **options)
     for name, path in found.paths.items():
         print(f"{Path(name).suffix[1:]:12} {_from_here(path)}")
     left = f", {found.refused:,} images refused" if found.refused else ""
     print(f"{'particles':12} {found.particles:,}, {found.particles_per_second:,.0f} a second{left}")
+    print(f"{'poses':12} {found.method}")
 
 
 @app.command()
@@ -339,7 +343,9 @@ def _print_how_to_open(what: str, uri: str, run_id: str) -> None:
     print(f"  {server}/#/runs/{run_id}")
 
 
-def _from_here(path: Path) -> str:
+def _from_here(path: "Location") -> str:
+    if not isinstance(path, Path):
+        return str(path)
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -61,7 +61,7 @@ class RunDisplay(_Display):
 
     def predicted(self, progress: Any) -> None:
         """Show how many particles have a pose."""
-        self.numbers.plain = "encoding"
+        self.numbers.plain = "assigning poses"
         self.bar.update(self.task, completed=progress.done, total=progress.particles)
 
     def trained(self, progress: Any) -> None:

@@ -220,7 +220,7 @@ def create_run_folder(config: Config, existing: Existing = "error") -> RunFolder
             case "resume":
                 check_same_settings(open_run_folder(folder.path), config)
             case "overwrite":
-                remove_folder(open_run_folder(folder.path).path)
+                take_away(open_run_folder(folder.path).path)
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in folder.path.rglob(".*.partial"):
@@ -296,7 +296,7 @@ def _fixed_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not f"{key}.".startswith(_FREE)}
 
 
-def remove_folder(path: Path) -> None:
+def take_away(path: Path) -> None:
     """Take a folder away under another name first, so that a kill leaves no half of it under its own.
 
     Raises:

@@ -384,18 +384,28 @@ def test_a_check_with_errors_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_export_and_predict_name_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "export", lambda run, out: SimpleNamespace(paths={"volume": Path(out) / "volume.mrc"}))
-    assert call("export", "runs/a", "--out", "o").stdout == "volume       o/volume.mrc\n"
     seen: list[object] = []
 
+    def export(run: str, out: str, spread: bool) -> SimpleNamespace:
+        seen.append(spread)
+        return SimpleNamespace(paths={"volume": Path(out) / "volume.mrc"})
+
+    monkeypatch.setattr(api, "export", export)
+    assert call("export", "runs/a", "--out", "o").stdout == "volume       o/volume.mrc\n"
+    call("export", "runs/a", "--out", "o", "--spread")
+    assert seen == [False, True]
+
     def predict(*arguments: Any, **options: Any) -> SimpleNamespace:
-        seen.extend([*arguments[:5], options])
-        arguments[5](SimpleNamespace(done=1, particles=2))
+        seen[:] = [*arguments[:3], {name: value for name, value in options.items() if value}]
+        arguments[3](SimpleNamespace(done=1, particles=2))
         paths = {"poses.star": Path("o/poses.star")}
-        return SimpleNamespace(paths=paths, particles=1234, refused=2, particles_per_second=5678.9)
+        return SimpleNamespace(paths=paths, particles=1234, refused=2, particles_per_second=5678.9, method="by guess")
 
     monkeypatch.setattr(api, "predict", predict)
-    done = call("predict", "runs/a", "p.cs", "--out", "o", "--workers", "2", "--passthrough", "q.cs")
+    done = call("predict", "runs/a", "p.cs", "--out", "o", "--workers", "2", "--passthrough", "q.cs", "--refine")
     assert done.exit_code == 0, done.output
-    assert seen == ["runs/a", "p.cs", "o", 2, None, {"datadir": None, "pixel_size": None, "passthrough": ("q.cs",)}]
-    assert done.stdout == "star         o/poses.star\nparticles    1,234, 5,679 a second, 2 images refused\n"
+    assert seen == ["runs/a", "p.cs", "o", {"workers": 2, "passthrough": ["q.cs"], "refine": True}]
+    expected = (
+        "star         o/poses.star\nparticles    1,234, 5,679 a second, 2 images refused\nposes        by guess\n"
+    )
+    assert done.stdout == expected

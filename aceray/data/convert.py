@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from aceray.data.images import Field, Normalise, brightness, common_field, prepared
+from aceray.data.location import Location
 from aceray.data.manifest import ImageLayout
 from aceray.data.particle_table import Findings, ParticleTable
 from aceray.data.particles import IDENTITY_UNITS
@@ -145,7 +145,7 @@ def _digest(source: Source, treatment: Treatment, chosen: ParticleTable) -> str:
     return hashlib.sha256(text.encode() + chosen.source_row.tobytes()).hexdigest()
 
 
-def convert_shard(plan: Conversion, shard: int, first_id: int, folder: Path) -> ConvertedShard:
+def convert_shard(plan: Conversion, shard: int, first_id: int, folder: Location) -> ConvertedShard:
     """Read, treat and write the images of one shard; particles are numbered from `first_id` on.
 
     Images that are not finite or constant are left out and named. Raises DataError when a stack or the disk fails.

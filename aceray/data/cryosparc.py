@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import roma
 import torch
 from jaxtyping import Float, Int
 
+from aceray.data.location import Location
 from aceray.data.particle_table import Findings, ParticleTable
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import local_copy, storage_error, written_atomically
 from aceray.em.rotation import relion_from_rotation, rotation_from_relion, rotation_from_vector
 from aceray.errors import DataError
 
@@ -25,16 +25,17 @@ _CTF = {
     "ctf/cs_mm": "spherical_aberration_mm",
     "ctf/amp_contrast": "amplitude_contrast",
 }
+SPREAD = "aceray/pose_spread_deg"
 POSE_GROUPS = ("alignments3D", "alignments_class_0")
 
 
-def load_array(path: Path) -> np.ndarray:
+def load_array(path: Location) -> np.ndarray:
     """The array of a .npy file. Its claimed sizes are compared with the file's before anything is allocated.
 
     Raises DataError when the file cannot be read, ValueError when it is anything else or shorter than it claims.
     """
     try:
-        with open(path, "rb") as stream:
+        with local_copy(path) as copy, open(copy, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             version = np.lib.format.read_magic(stream)
             if int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little") > size:
@@ -46,13 +47,15 @@ def load_array(path: Path) -> np.ndarray:
                 raise ValueError("its array is longer than the file")
             stream.seek(0)
             return np.load(stream, allow_pickle=False)
+    except DataError:
+        raise
     except OSError as error:
         raise storage_error(path, error, "read") from error
     except Exception as error:  # a hostile header, which NumPy parses as Python, may raise anything
         raise ValueError(" ".join(str(error).split())[:100] or type(error).__name__) from error
 
 
-def read_record_array(path: Path) -> np.ndarray:
+def read_record_array(path: Location) -> np.ndarray:
     """The rows of a .cs file. Raises DataError when it is missing or anything else than a record array with rows."""
     try:
         table = load_array(path)
@@ -63,7 +66,7 @@ def read_record_array(path: Path) -> np.ndarray:
     return table
 
 
-def with_passthrough(path: Path, table: np.ndarray, passthrough: Sequence[Path]) -> np.ndarray:
+def with_passthrough(path: Location, table: np.ndarray, passthrough: Sequence[Location]) -> np.ndarray:
     """The rows of a .cs file with the columns that other files have for the same uid; the file's own columns win.
 
     Raises DataError when a file has no uids, or lacks a particle.
@@ -90,7 +93,7 @@ def with_passthrough(path: Path, table: np.ndarray, passthrough: Sequence[Path])
     return table
 
 
-def particles_from_cs(path: Path, table: np.ndarray, findings: Findings) -> ParticleTable:
+def particles_from_cs(path: Location, table: np.ndarray, findings: Findings) -> ParticleTable:
     """The typed table of cryoSPARC rows; what is wrong goes to `findings`. Raises DataError when no images are named.
 
     Angles are stored in radians there. Rotation: the transpose of the exponential map of the pose. The shift has the
@@ -124,7 +127,7 @@ def _float(table: np.ndarray, name: str) -> Float[np.ndarray, "n"] | None:
     return table[name].astype(np.float64) if name in (table.dtype.names or ()) else None
 
 
-def _ctf(path: Path, table: np.ndarray, findings: Findings) -> dict[str, np.ndarray] | None:
+def _ctf(path: Location, table: np.ndarray, findings: Findings) -> dict[str, np.ndarray] | None:
     if "ctf/df1_A" not in (table.dtype.names or ()):
         return None
     found = {}
@@ -156,14 +159,16 @@ def _pose(table: np.ndarray, pixel_size: np.ndarray | None) -> dict[str, np.ndar
 
 
 def write_cs_poses(
-    path: Path, table: np.ndarray, rows: Int[np.ndarray, "m"], poses: Mapping[str, Float[np.ndarray, "m"]]
+    path: Location, table: np.ndarray, rows: Int[np.ndarray, "m"], poses: Mapping[str, Float[np.ndarray, "m"]]
 ) -> None:
     """Write those rows of a .cs table with other poses, in alignments3D; every other column stays as it was.
 
-    `poses` has rot_deg, tilt_deg, psi_deg, and origin_x_px, origin_y_px and pixel_size_angstrom of the original images.
-    Raises DataError when it cannot be written.
+    `poses` has rot_deg, tilt_deg, psi_deg, and origin_x_px, origin_y_px and pixel_size_angstrom of the original images;
+    pose_spread_deg, where it is there, becomes a column of ours. Raises DataError when it cannot be written.
     """
     ours = [("alignments3D/pose", "<f4", (3,)), ("alignments3D/shift", "<f4", (2,)), ("alignments3D/psize_A", "<f4")]
+    if "pose_spread_deg" in poses:
+        ours.append((SPREAD, "<f4"))
     new = [field for field in ours if field[0] not in (table.dtype.names or ())]
     written = np.zeros(len(rows), dtype=[*table.dtype.descr, *new])
     for name in table.dtype.names or ():
@@ -174,5 +179,7 @@ def write_cs_poses(
     written["alignments3D/pose"] = roma.rotmat_to_rotvec(rotation_from_relion(*angles).mT).numpy()
     written["alignments3D/shift"] = np.stack([poses["origin_x_px"], poses["origin_y_px"]], axis=1)
     written["alignments3D/psize_A"] = poses["pixel_size_angstrom"]
+    if "pose_spread_deg" in poses:
+        written[SPREAD] = poses["pose_spread_deg"]
     with written_atomically(path) as temporary, open(temporary, "wb") as stream:
         np.save(stream, written, allow_pickle=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aceray.data.location import Location
 from aceray.data.storage import storage_error, written_atomically
 from aceray.errors import DataError
 
@@ -73,14 +74,14 @@ class Manifest:
         """Digest of the particles: of the digests of the shards in their order."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Location) -> None:
         """Write manifest.json into a folder. Raises DataError when that fails."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         with written_atomically(folder / MANIFEST_NAME) as temporary:
             temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @staticmethod
-    def read(folder: Path) -> "Manifest":
+    def read(folder: Location) -> "Manifest":
         """Read and check manifest.json.
 
         Raises DataError when the folder or the file is missing, is no manifest of aceray, is of a newer version, or
@@ -88,7 +89,8 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not folder.is_dir():
-            raise DataError(f"{folder}: there is no such folder; make a dataset with `aceray simulate`.")
+            missing = f"{folder}: there is no such folder" if isinstance(folder, Path) else folder.missing()
+            raise DataError(f"{missing}; make a dataset with `aceray simulate`.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -100,7 +102,7 @@ class Manifest:
         return Manifest._checked(values, path)
 
     @staticmethod
-    def _checked(values: Any, path: Path) -> "Manifest":
+    def _checked(values: Any, path: Location) -> "Manifest":
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise DataError(f'{path}: is not a manifest of aceray (its "format" is not "{FORMAT}").')
         version = _field(values, "version", int, path)
@@ -121,7 +123,7 @@ class Manifest:
         )
         return manifest._consistent(path)
 
-    def _consistent(self, path: Path) -> "Manifest":
+    def _consistent(self, path: Location) -> "Manifest":
         wrong = None
         if self.image_dtype not in IMAGE_BYTES:
             wrong = f"image_dtype {self.image_dtype!r} is neither float16 nor float32"
@@ -134,7 +136,7 @@ class Manifest:
         return self
 
 
-def _field(values: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+def _field(values: dict[str, Any], name: str, kind: type, path: Location) -> Any:
     value: Any = values.get(name)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -144,7 +146,7 @@ def _field(values: dict[str, Any], name: str, kind: type, path: Path) -> Any:
     return value
 
 
-def _stored_file(entry: Any, path: Path) -> StoredFile:
+def _stored_file(entry: Any, path: Location) -> StoredFile:
     if not isinstance(entry, dict):
         raise DataError(f"{path}: describes a file by {entry!r}; make the dataset again.")
     name = _field(entry, "file", str, path)
@@ -154,7 +156,7 @@ def _stored_file(entry: Any, path: Path) -> StoredFile:
     return StoredFile(name, _field(entry, "bytes", int, path), _field(entry, "sha256", str, path))
 
 
-def _shard(entry: Any, path: Path) -> Shard:
+def _shard(entry: Any, path: Location) -> Shard:
     stored = _stored_file(entry, path)
     particles, row_groups = _field(entry, "particles", int, path), _field(entry, "row_groups", int, path)
     return Shard(stored.file, stored.bytes, stored.sha256, particles, row_groups)

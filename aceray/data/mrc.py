@@ -1,6 +1,5 @@
 """Volumes as MRC files: axes z, y, x; float32; one pixel size."""
 
-from pathlib import Path
 from typing import Any
 
 import mrcfile
@@ -9,18 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aceray.data.location import Location, location
 from aceray.data.mrc_header import check_length, read_header
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import local_copy, storage_error, written_atomically
 from aceray.errors import DataError
 
 
-def write_volume(path: Path | str, volume: Float[Tensor, "d d d"], pixel_size_angstrom: float) -> None:
+def write_volume(path: Location | str, volume: Float[Tensor, "d d d"], pixel_size_angstrom: float) -> None:
     """Write a volume as a float32 MRC file, under its final name only when complete.
 
     Raises DataError when the file cannot be written.
     """
     values = np.ascontiguousarray(volume.detach().cpu().numpy(), dtype=np.float32)
-    with written_atomically(Path(path)) as temporary, mrcfile.new(temporary) as file:
+    with written_atomically(location(path)) as temporary, mrcfile.new(temporary) as file:
         file.set_data(values)
         file.set_volume()
         file.voxel_size = pixel_size_angstrom
@@ -31,12 +31,12 @@ def write_volume(path: Path | str, volume: Float[Tensor, "d d d"], pixel_size_an
         header.label[0] = b"aceray"
 
 
-def read_volume(path: Path | str) -> tuple[Float[Tensor, "d d d"], float]:
+def read_volume(path: Location | str) -> tuple[Float[Tensor, "d d d"], float]:
     """A cubic volume (z, y, x) and its pixel size in angstrom.
 
     Raises DataError for a file that is missing, no MRC volume, not cubic, without a pixel size or not finite.
     """
-    values, voxel, axes = _read(Path(path))
+    values, voxel, axes = _read(location(path))
     if values.ndim != 3 or len(set(values.shape)) != 1:
         raise DataError(f"{path}: holds an array of shape {values.shape}; aceray needs a cubic volume.")
     pixel_size = float(voxel[0])
@@ -56,15 +56,20 @@ def read_volume(path: Path | str) -> tuple[Float[Tensor, "d d d"], float]:
     return volume, pixel_size
 
 
-def _read(path: Path) -> tuple[np.ndarray, tuple[float, float, float], list[int]]:
-    check_length(path, read_header(path))
+def _read(path: Location) -> tuple[np.ndarray, tuple[float, float, float], list[int]]:
     try:
-        with mrcfile.open(path) as file:
-            header: Any = file.header
-            axes = [int(header.mapc), int(header.mapr), int(header.maps)]
-            voxel = (float(file.voxel_size.x), float(file.voxel_size.y), float(file.voxel_size.z))
-            return np.array(file.data), voxel, axes
+        with local_copy(path) as copy:
+            check_length(copy, read_header(copy))
+            return _content(copy)
     except OSError as error:
         raise storage_error(path, error, "read") from error
     except ValueError as error:
         raise DataError(f"{path}: is not a readable MRC file ({error}).") from error
+
+
+def _content(path: Path) -> tuple[np.ndarray, tuple[float, float, float], list[int]]:
+    with mrcfile.open(path) as file:
+        header: Any = file.header
+        axes = [int(header.mapc), int(header.mapr), int(header.maps)]
+        voxel = (float(file.voxel_size.x), float(file.voxel_size.y), float(file.voxel_size.z))
+        return np.array(file.data), voxel, axes

@@ -13,7 +13,8 @@ import mrcfile.utils
 import numpy as np
 from mrcfile.mrcinterpreter import MrcInterpreter
 
-from aceray.data.storage import storage_error
+from aceray.data.location import Location
+from aceray.data.storage import open_binary, storage_error
 from aceray.errors import DataError
 
 HEADER_BYTES = 1024
@@ -37,13 +38,13 @@ class MrcHeader:
     compression: Compression | None
 
 
-def read_header(path: Path) -> MrcHeader:
+def read_header(path: Location) -> MrcHeader:
     """The header of an MRC file, packed or not, of either byte order. Only its 1024 bytes are read.
 
     Raises DataError when the file cannot be read, is no MRC file, or has lengths that no file can have.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_binary(path) as stream:
             compression = _MAGIC.get(stream.read(2))
         with opened(path, compression) as stream:
             head = bytearray(stream.read(HEADER_BYTES))
@@ -66,7 +67,7 @@ def read_header(path: Path) -> MrcHeader:
     return MrcHeader(record, dtype, offset, offset + values * dtype.itemsize, compression)
 
 
-def check_length(path: Path, header: MrcHeader) -> None:
+def check_length(path: Location, header: MrcHeader) -> None:
     """Raise DataError unless the file is as long as its header claims, unpacked where it is packed."""
     found = 0
     try:
@@ -87,12 +88,14 @@ def check_length(path: Path, header: MrcHeader) -> None:
         )
 
 
-def opened(path: Path, compression: Compression | None) -> Any:
-    """The unpacked content as a stream."""
+def opened(path: Location, compression: Compression | None) -> Any:
+    """The unpacked content as a stream. Raises DataError for a packed file that is not local."""
+    if compression is not None and not isinstance(path, Path):
+        raise DataError(f"{path}: is compressed; unpack it, as aceray reads remote stacks in place.")
     match compression:
         case "gzip":
             return gzip.open(path, "rb")
         case "bzip2":
             return bz2.open(path, "rb")
         case None:
-            return open(path, "rb")
+            return open_binary(path)

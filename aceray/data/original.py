@@ -121,13 +121,17 @@ def write_original_poses(
     rotation: Float[Tensor, "n 3 3"],
     origin_angstrom: Float[Tensor, "n 2"],
     residual: Float[Tensor, " n"],
+    spread_deg: Float[Tensor, " n"] | None = None,
 ) -> list[Path]:
     """Write poses.star, poses.cs and poses.parquet: the pose of row i is that of row i of `original.table`.
 
     A STAR or .cs input comes back with all its columns, values and optics groups, only the poses set (and without the
-    rows that have none); the other is made of what is known. Raises DataError when one cannot be written.
+    rows that have none); the other is made of what is known. `spread_deg`, how uncertain each pose is, becomes a column
+    of its own, which RELION maintains as text and cryoSPARC ignores. Raises DataError when one cannot be written.
     """
     poses = _pose_columns(original, rotation, origin_angstrom)
+    if spread_deg is not None:
+        poses["pose_spread_deg"] = spread_deg.double().numpy()
     _write_star(folder / "poses.star", original, poses)
     if isinstance(original.file, np.ndarray):
         write_cs_poses(folder / "poses.cs", original.file, original.table.source_row, poses)
@@ -256,5 +260,7 @@ def _write_parquet(
     names = ("rot_deg", "tilt_deg", "psi_deg", "origin_x_angstrom", "origin_y_angstrom")
     columns |= {name: pa.array(poses[name]) for name in names}
     columns["residual"] = pa.array(residual.numpy())
+    if "pose_spread_deg" in poses:
+        columns["pose_spread_deg"] = pa.array(poses["pose_spread_deg"])
     with written_atomically(path) as temporary:
         pq.write_table(pa.table(columns), temporary)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from aceray.data.location import Location, location
 from aceray.data.manifest import ImageLayout, Manifest, Shard, StoredFile
 from aceray.data.mrc import read_volume
 from aceray.data.storage import sha256_of_file, storage_error
@@ -126,7 +128,7 @@ class ParticleSet:
     The manifest and the row groups are those of the whole set.
     """
 
-    path: Path
+    path: Location
     manifest: Manifest
     half_set: int | None = None
 
@@ -154,7 +156,7 @@ class ParticleSet:
         shard = self.manifest.shards[index]
         path = self.path / shard.file
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(_parquet(path), page_checksum_verification=True) as file:
                 self._check_schema(file, shard, path)
                 table = file.read_row_groups(groups, columns=columns, use_threads=False)
         except FileNotFoundError as error:
@@ -168,7 +170,7 @@ class ParticleSet:
     def _schema(self) -> pa.Schema:
         return with_identity(particle_schema(self.manifest.layout))
 
-    def _check_schema(self, file: pq.ParquetFile, shard: Shard, path: Path) -> None:
+    def _check_schema(self, file: pq.ParquetFile, shard: Shard, path: Location) -> None:
         expected = particle_schema(self.manifest.layout)
         found = file.schema_arrow
         rows, groups = file.metadata.num_rows, file.metadata.num_row_groups
@@ -199,7 +201,7 @@ class ParticleSet:
         for shard in self.manifest.shards:
             path = self.path / shard.file
             try:
-                names = pq.read_schema(path).names
+                names = pq.read_schema(_parquet(path)).names
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"{path}: the shard cannot be read ({error}); make the dataset again.") from error
             if not set(TRUTH_COLUMNS) <= set(names):
@@ -228,18 +230,19 @@ class ParticleSet:
             )
 
 
-def open_particles(path: Path | str, half_set: int | None = None) -> ParticleSet:
+def open_particles(path: Location | str, half_set: int | None = None) -> ParticleSet:
     """Open a dataset or one of its half sets (1 or 2): its manifest is checked, and that every file has its size.
 
     Raises DataError when the folder is missing, foreign, of a newer version, or lacks a file.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = location(path).expanduser().absolute()
     manifest = Manifest.read(folder)
+    sizes = {} if isinstance(folder, Path) else folder.sizes()  # all at once, instead of a question for each shard
     truth = manifest.truth_volume
     for stored in (*manifest.shards, *((truth,) if truth else ())):
         file = folder / stored.file
         try:
-            size = file.stat().st_size
+            size = sizes[stored.file] if stored.file in sizes else file.stat().st_size
         except FileNotFoundError as error:
             raise DataError(f"{file}: is missing; restore it or make the dataset again.") from error
         except OSError as error:
@@ -249,6 +252,11 @@ def open_particles(path: Path | str, half_set: int | None = None) -> ParticleSet
                 f"{file}: has {size} bytes, the manifest says {stored.bytes}; restore it or make the dataset again."
             )
     return ParticleSet(folder, manifest, half_set)
+
+
+def _parquet(path: Location) -> Any:
+    """What pyarrow reads: a local path, or a file that is open for reading."""
+    return path if isinstance(path, Path) else path.open_input()
 
 
 def stack_from_table(table: pa.Table, manifest: Manifest, box: int) -> ParticleStack:

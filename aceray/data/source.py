@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 
 from aceray.data.cryosparc import load_array, particles_from_cs, read_record_array, with_passthrough
+from aceray.data.location import Location
 from aceray.data.particle_table import POSE_COLUMNS, Findings, ParticleTable, check_values
 from aceray.data.pose_files import unpickle_arrays
 from aceray.data.stacks import StackFile, StackFinder, open_stack
@@ -32,9 +33,9 @@ class SourceFiles:
     `pixel_size_angstrom` overrules the input's.
     """
 
-    path: Path
-    datadir: Path | None = None
-    passthrough: tuple[Path, ...] = ()
+    path: Location
+    datadir: Location | None = None
+    passthrough: tuple[Location, ...] = ()
     ctf: Path | None = None
     poses: Path | None = None
     pixel_size_angstrom: float | None = None
@@ -75,7 +76,7 @@ def open_source(files: SourceFiles, findings: Findings) -> Source:
     return _completed(files, table, _open_stacks(files, table.stack_names, findings), original, findings)
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(path: Location) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from aceray.data.location import Location
 from aceray.data.mrc_header import Compression, opened, read_header
 from aceray.data.storage import storage_error, written_atomically
 from aceray.errors import DataError
@@ -25,7 +26,7 @@ class StackFile:
     unpacked before it is read.
     """
 
-    path: Path
+    path: Location
     images: int
     complete: int
     box: int
@@ -39,7 +40,7 @@ class StackFile:
         return self.box * self.box * np.dtype(self.dtype).itemsize
 
 
-def open_stack(path: Path) -> StackFile:
+def open_stack(path: Location) -> StackFile:
     """Read the header of a stack (.mrcs, or .mrc that is a stack), of any byte order, modes 0, 1, 2, 6 and 12.
 
     Raises DataError when the file cannot be read, is no MRC file, holds complex numbers or images that are not square.
@@ -85,9 +86,10 @@ def read_images(stack: StackFile, index: Int[np.ndarray, "n"]) -> Float[np.ndarr
     """
     images = np.empty((len(index), stack.box, stack.box), dtype=np.float32)
     try:
-        with open(stack.path, "rb", buffering=0) as stream:
+        with open(stack.path, "rb", buffering=0) if isinstance(stack.path, Path) else stack.path.open_input() as stream:
             for rows, first, count in _runs(stack, index):
-                raw = os.pread(stream.fileno(), count * stack.image_bytes, stack.offset + first * stack.image_bytes)
+                stream.seek(stack.offset + first * stack.image_bytes)
+                raw = stream.read(count * stack.image_bytes)
                 pixels = np.frombuffer(raw, dtype=stack.dtype)
                 if len(pixels) != count * stack.box**2:
                     raise DataError(f"{stack.path}: has become shorter while it was read; copy it again.")
@@ -109,6 +111,14 @@ def _runs(stack: StackFile, index: Int[np.ndarray, "n"]) -> Iterator[tuple[np.nd
         start = end
 
 
+def _normal(path: Location) -> Location:
+    return Path(os.path.normpath(path)) if isinstance(path, Path) else path
+
+
+def _within(path: Location, folder: Location) -> bool:
+    return isinstance(path, Path) == isinstance(folder, Path) and path.is_relative_to(folder)  # pyright: ignore
+
+
 class StackFinder:
     """Where the stacks are that a metadata file names.
 
@@ -117,25 +127,25 @@ class StackFinder:
     folder and `datadir` is never opened, whatever the name says.
     """
 
-    def __init__(self, metadata: Path, datadir: Path | None = None) -> None:
-        self.metadata = Path(os.path.abspath(metadata))
-        self.datadir = None if datadir is None else Path(os.path.abspath(datadir.expanduser()))
+    def __init__(self, metadata: Location, datadir: Location | None = None) -> None:
+        self.metadata = _normal(metadata.absolute())
+        self.datadir = None if datadir is None else _normal(datadir.expanduser().absolute())
         self.here = Path.cwd()
 
     @property
-    def allowed(self) -> list[Path]:
+    def allowed(self) -> list[Location]:
         """Folders that a name may lead into."""
         return [self.here, self.metadata.parent, *([self.datadir] if self.datadir else [])]
 
-    def find(self, name: str) -> Path:
+    def find(self, name: str) -> Location:
         """The file of a name. Raises DataError, with the option that helps, when it is missing or not allowed."""
         plain = name.removeprefix(">").strip()
         outside = None
         for candidate in self._candidates(plain):
             # by its name alone: links that somebody put into an allowed folder are followed
-            path = Path(os.path.normpath(candidate))
-            if not any(path.is_relative_to(folder) for folder in self.allowed):
-                outside = outside or (path if _is_file(path) else None)
+            path = _normal(candidate)
+            if not any(_within(path, folder) for folder in self.allowed):
+                outside = outside or (path if isinstance(path, Path) and _is_file(path) else None)
             elif _is_file(path):
                 return path
         if outside is not None:
@@ -145,7 +155,7 @@ class StackFinder:
             )
         raise DataError(f"{self.metadata}: names the stack {plain}, which is not there; {self._advice(plain)}.")
 
-    def _candidates(self, plain: str) -> Iterator[Path]:
+    def _candidates(self, plain: str) -> Iterator[Location]:
         yield self.here / plain
         yield self.metadata.parent / plain
         if self.datadir is not None:
@@ -160,7 +170,7 @@ class StackFinder:
         return "give its folder with --datadir"
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Location) -> bool:
     """Whether there is such a file; a name too long for the system is that of none."""
     try:
         return path.is_file()

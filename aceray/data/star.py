@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,9 @@ import pandas as pd
 import starfile
 from jaxtyping import Float, Int
 
+from aceray.data.location import Location
 from aceray.data.particle_table import Findings, ParticleTable
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import local_copy, storage_error, written_atomically
 from aceray.errors import DataError
 
 ANGLES = {"rlnAngleRot": "rot_deg", "rlnAngleTilt": "tilt_deg", "rlnAnglePsi": "psi_deg"}
@@ -28,6 +28,8 @@ MICROSCOPE = {
     "rlnSphericalAberration": "spherical_aberration_mm",
     "rlnAmplitudeContrast": "amplitude_contrast",
 }
+# not one of RELION's: it says so, and keeps the column as text ("will ignore (but maintain)", its metadata_table.cpp)
+SPREAD = "acerayPoseSpreadDeg"
 # aberrations that RELION corrects for and aceray does not
 _NOT_USED = ("rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike", "rlnMagMat00")
 
@@ -39,7 +41,7 @@ class StarFile:
     A block is a table, or a mapping where it is no loop. `particles` and `optics` name the blocks that are these.
     """
 
-    path: Path
+    path: Location
     blocks: Mapping[str, Any]
     particles: str
     optics: str | None
@@ -54,15 +56,15 @@ class StarFile:
         return found if found is None or isinstance(found, pd.DataFrame) else pd.DataFrame([found])
 
 
-def read_star_file(path: Path) -> StarFile:
+def read_star_file(path: Location) -> StarFile:
     """Read a STAR file. The particles are the block of that name, else the largest that has rlnImageName or is alone.
 
     Raises DataError when the file is missing, is no STAR file, or holds no particles.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
+        with local_copy(path) as copy, open(copy, encoding="utf-8") as stream:
             labels = {line.split()[0][1:] for line in stream if line.startswith("_")}
-        blocks: dict[str, Any] = dict(starfile.read(path, always_dict=True, parse_as_string=sorted(labels)))  # pyright: ignore
+            blocks: dict[str, Any] = dict(starfile.read(copy, always_dict=True, parse_as_string=sorted(labels)))  # pyright: ignore
     except OSError as error:
         raise storage_error(path, error, "read") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -134,7 +136,9 @@ def particles_from_star(star: StarFile, findings: Findings) -> ParticleTable:
     )
 
 
-def _image_names(path: Path, column: pd.Series, findings: Findings) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+def _image_names(
+    path: Location, column: pd.Series, findings: Findings
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Stacks, the stack of each particle and its place there from 0; a name without a number is a file of one image."""
     parts = column.astype(str).str.extract(r"^(?:\s*(\d+)@)?(.+)$")
     unnamed = parts[1].isna()
@@ -145,7 +149,7 @@ def _image_names(path: Path, column: pd.Series, findings: Findings) -> tuple[tup
     return tuple(str(name) for name in names), codes.astype(np.int64), number - 1
 
 
-def _pixel_size(path: Path, table: pd.DataFrame, findings: Findings) -> Float[np.ndarray, "n"]:
+def _pixel_size(path: Location, table: pd.DataFrame, findings: Findings) -> Float[np.ndarray, "n"]:
     if "rlnImagePixelSize" in table:
         found = _column(path, table, "rlnImagePixelSize", findings)
     elif {"rlnMagnification", "rlnDetectorPixelSize"} <= set(table):
@@ -158,7 +162,7 @@ def _pixel_size(path: Path, table: pd.DataFrame, findings: Findings) -> Float[np
     return np.full(len(table), np.nan) if found is None else found
 
 
-def _ctf(path: Path, table: pd.DataFrame, findings: Findings) -> dict[str, np.ndarray] | None:
+def _ctf(path: Location, table: pd.DataFrame, findings: Findings) -> dict[str, np.ndarray] | None:
     if "rlnDefocusU" not in table:
         return None
     found = {}
@@ -174,7 +178,9 @@ def _ctf(path: Path, table: pd.DataFrame, findings: Findings) -> dict[str, np.nd
     return found if len(found) == len(DEFOCUS | MICROSCOPE) else None
 
 
-def _pose(path: Path, table: pd.DataFrame, pixel_size: np.ndarray, findings: Findings) -> dict[str, np.ndarray] | None:
+def _pose(
+    path: Location, table: pd.DataFrame, pixel_size: np.ndarray, findings: Findings
+) -> dict[str, np.ndarray] | None:
     if not set(ANGLES) <= set(table):
         return None
     found = {ours: _column(path, table, name, findings) for name, ours in ANGLES.items()}
@@ -188,7 +194,7 @@ def _pose(path: Path, table: pd.DataFrame, pixel_size: np.ndarray, findings: Fin
     return known if len(known) == len(found) else None
 
 
-def _column(path: Path, table: pd.DataFrame, name: str, findings: Findings) -> Float[np.ndarray, "n"] | None:
+def _column(path: Location, table: pd.DataFrame, name: str, findings: Findings) -> Float[np.ndarray, "n"] | None:
     """A column of numbers, or None where it is absent or, noted, holds something else."""
     if name not in table:
         return None
@@ -200,12 +206,13 @@ def _column(path: Path, table: pd.DataFrame, name: str, findings: Findings) -> F
 
 
 def write_star_poses(
-    path: Path, star: StarFile, rows: Int[np.ndarray, "m"], poses: Mapping[str, Float[np.ndarray, "m"]]
+    path: Location, star: StarFile, rows: Int[np.ndarray, "m"], poses: Mapping[str, Float[np.ndarray, "m"]]
 ) -> None:
     """Write those rows of a STAR file with other poses; every other column, value and block stays as it was.
 
     `poses` has rot_deg, tilt_deg, psi_deg and the origins, in angstrom and (origin_x_px, origin_y_px) in pixels of the
-    original images: files of RELION 3.0 have the latter. Raises DataError when it cannot be written.
+    original images: files of RELION 3.0 have the latter. pose_spread_deg, where it is there, becomes a column of ours.
+    Raises DataError when it cannot be written.
     """
     table = star.table().iloc[rows].reset_index(drop=True).copy()
     in_pixels = star.optics is None and "rlnOriginXAngst" not in table and "rlnImagePixelSize" not in table
@@ -217,10 +224,13 @@ def write_star_poses(
         columns |= ORIGINS
     for name, ours in columns.items():
         table[name] = [f"{value:.6f}" for value in poses[ours]]
+    table = table.drop(columns=[name for name in (SPREAD,) if name in table])
+    if "pose_spread_deg" in poses:
+        table[SPREAD] = [f"{value:.3f}" for value in poses["pose_spread_deg"]]
     write_star_file(path, {**star.blocks, star.particles: table})
 
 
-def write_star_file(path: Path, blocks: Mapping[str, Any]) -> None:
+def write_star_file(path: Location, blocks: Mapping[str, Any]) -> None:
     """Write blocks of text under their names. Raises DataError when it cannot be written."""
     with written_atomically(path) as temporary:
         starfile.write(dict(blocks), temporary, na_rep="nan")

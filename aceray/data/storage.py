@@ -4,13 +4,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
+from aceray.data.location import Location, RemotePath, remote_trouble
 from aceray.errors import DataError
 
 _ADVICE = {
@@ -28,25 +32,41 @@ _ADVICE = {
 }
 
 
-def storage_error(path: Path | str, error: OSError, doing: str = "write") -> DataError:
+def storage_error(path: Location | str, error: OSError, doing: str = "write") -> DataError:
     """The DataError of a failed reading or writing: where, what the system said, what to do."""
+    if (known := remote_trouble(path, error)) is not None and not isinstance(path, Path):
+        return DataError(known)
+    if isinstance(path, RemotePath):
+        return DataError(f"{path}: cannot {doing} it ({' '.join(str(error).split())[:200]}); check the path.")
     advice = _ADVICE.get(error.errno or 0, "check the path and the disk")
     return DataError(f"{path}: cannot {doing} it ({error.strerror or error}); {advice}.")
 
 
-def hidden_sibling(path: Path) -> Path:
+def hidden_sibling(path: Location) -> Location:
     """A name beside `path`, hidden and not taken, for what is not finished yet."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    return path.with_name(_hidden(path.name))
+
+
+def _hidden(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex[:12]}.partial"
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
+def written_atomically(path: Location) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success it is flushed to disk and takes the name `path`.
 
     The folder must exist. Raises DataError when the system refuses; whatever goes wrong, the sibling is removed and
-    `path` is as it was.
+    `path` is as it was. For a remote path the temporary file is a local one, uploaded at the end.
     """
-    temporary = hidden_sibling(path)
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="aceray-") as folder:
+            yield Path(folder) / path.name
+            try:
+                path.upload(Path(folder) / path.name)
+            except OSError as error:
+                raise storage_error(path, error) from error
+        return
+    temporary = path.with_name(_hidden(path.name))
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -137,10 +157,37 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of_file(path: Path) -> str:
+def sha256_of_file(path: Location) -> str:
     """Hexadecimal SHA-256 of a file's content. Raises DataError when it cannot be read."""
     try:
-        with open(path, "rb") as stream:
+        with open_binary(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise storage_error(path, error, "read") from error
+
+
+def open_binary(path: Location) -> Any:
+    """A file object to read bytes from, at any place of the file."""
+    return open(path, "rb") if isinstance(path, Path) else path.open_input()
+
+
+@contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """The file itself where it is local, else a copy for as long as it is needed. Raises OSError."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="aceray-") as folder:
+        copy = Path(folder) / path.name
+        with path.open_input() as source, open(copy, "wb") as target:
+            shutil.copyfileobj(source, target)
+        yield copy
+
+
+def remove_folder(path: Location) -> None:
+    """Delete a folder with all that is in it, as far as the system lets us."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.remove_folder()

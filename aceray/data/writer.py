@@ -4,7 +4,6 @@ import fcntl
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +18,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aceray.data.location import Location, location
 from aceray.data.manifest import MANIFEST_NAME, ImageLayout, Manifest, Shard, StoredFile
 from aceray.data.mrc import write_volume
 from aceray.data.particles import ParticleSet, open_particles, particle_schema, with_identity
-from aceray.data.storage import flush_to_disk, hidden_sibling, sha256_of_file, storage_error, written_atomically
+from aceray.data.storage import (
+    flush_to_disk,
+    hidden_sibling,
+    local_copy,
+    remove_folder,
+    sha256_of_file,
+    storage_error,
+    written_atomically,
+)
 from aceray.em.formation import background_std
 from aceray.errors import DataError
 
@@ -50,7 +58,7 @@ def max_rows_per_shard(layout: ImageLayout) -> int:
 
 
 def write_shard(
-    folder: Path, index: int, layout: ImageLayout, images: Float[Tensor, "n d d"], columns: Mapping[str, np.ndarray]
+    folder: Location, index: int, layout: ImageLayout, images: Float[Tensor, "n d d"], columns: Mapping[str, np.ndarray]
 ) -> WrittenShard:
     """Write images and their columns (`particle_id`, `half_set`, CTF, truth; absent ones become null) as one shard.
 
@@ -80,14 +88,15 @@ def write_shard(
     return WrittenShard(shard, float(measured) ** 2)
 
 
-def renumber_shard(folder: Path, written: WrittenShard, first_id: int) -> WrittenShard:
+def renumber_shard(folder: Location, written: WrittenShard, first_id: int) -> WrittenShard:
     """Write a shard again with its particles numbered from `first_id` on: the bytes `write_shard` would have written.
 
     Raises DataError when the shard is damaged or the disk refuses.
     """
     path = folder / written.shard.file
     try:
-        table = pq.read_table(path, page_checksum_verification=True, memory_map=False)
+        with local_copy(path) as copy:
+            table = pq.read_table(copy, page_checksum_verification=True, memory_map=False)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: the shard is damaged ({error}); delete it and repeat the command.") from error
     identifiers = pa.array(np.arange(first_id, first_id + len(table)), pa.int64())
@@ -96,7 +105,7 @@ def renumber_shard(folder: Path, written: WrittenShard, first_id: int) -> Writte
     return WrittenShard(_write_table(path, table), written.background_variance)
 
 
-def _write_table(path: Path, table: pa.Table) -> Shard:
+def _write_table(path: Location, table: pa.Table) -> Shard:
     with written_atomically(path) as temporary:
         pq.write_table(
             table,
@@ -106,8 +115,9 @@ def _write_table(path: Path, table: pa.Table) -> Shard:
             use_dictionary=False,
             write_page_checksum=True,
         )
+        size, digest = temporary.stat().st_size, sha256_of_file(temporary)
     groups = math.ceil(len(table) / ROWS_PER_GROUP)
-    return Shard(path.name, path.stat().st_size, sha256_of_file(path), len(table), groups)
+    return Shard(path.name, size, digest, len(table), groups)
 
 
 class ParticleWriter:
@@ -117,25 +127,28 @@ class ParticleWriter:
     `write_shard` and handed in with `add`). `finish` writes the manifest and renames. Leaving without `finish`, for
     whatever reason, removes the hidden folder and leaves what was at `path` as it was.
 
+    Object stores rename nothing: there `folder` is `path` itself, the manifest is written last, and without it there is
+    no dataset. One that is overwritten is gone from the beginning; leaving without `finish` deletes what was written.
+
     existing="error": `path` must be absent or empty. existing="overwrite": a dataset of aceray at `path` is replaced;
     a folder that holds anything else is refused. Raises DataError in these cases and when the disk refuses.
     """
 
     def __init__(
-        self, path: Path | str, layout: ImageLayout, existing: Literal["error", "overwrite"] = "error"
+        self, path: Location | str, layout: ImageLayout, existing: Literal["error", "overwrite"] = "error"
     ) -> None:
-        self.path = Path(path).expanduser().resolve()
+        self.path = location(path).expanduser().resolve()
         self.layout = layout
         self.existing: Literal["error", "overwrite"] = existing
-        self.folder = hidden_sibling(self.path)
+        self.folder = hidden_sibling(self.path) if isinstance(self.path, Path) else self.path
         self._written: dict[int, WrittenShard] = {}
         self._truth: StoredFile | None = None
+        self._finished = False
 
     def __enter__(self) -> "ParticleWriter":
         check_replaceable(self.path, self.existing)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+            _make_room(self.path, self.folder)
         except OSError as error:
             raise storage_error(self.path, error) from error
         return self
@@ -143,7 +156,9 @@ class ParticleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # a remote folder is the dataset itself, once it is finished
+        if isinstance(self.folder, Path) or not self._finished:
+            remove_folder(self.folder)
 
     def write(self, images: Float[Tensor, "n d d"], columns: Mapping[str, np.ndarray]) -> None:
         """Append a shard."""
@@ -161,9 +176,9 @@ class ParticleWriter:
 
     def write_truth_volume(self, volume: Float[Tensor, "d d d"]) -> None:
         """Put the volume that the images are projections of beside them."""
-        path = self.folder / TRUTH_VOLUME_NAME
-        write_volume(path, volume, self.layout.pixel_size_angstrom)
-        self._truth = StoredFile(path.name, path.stat().st_size, sha256_of_file(path))
+        with written_atomically(self.folder / TRUTH_VOLUME_NAME) as path:
+            write_volume(path, volume, self.layout.pixel_size_angstrom)
+            self._truth = StoredFile(TRUTH_VOLUME_NAME, path.stat().st_size, sha256_of_file(path))
 
     def finish(self, source: dict[str, Any]) -> ParticleSet:
         """Write the manifest with the measured noise level, give the folder its name, and open it."""
@@ -182,25 +197,27 @@ class ParticleWriter:
             truth_volume=self._truth,
         )
         manifest.write(self.folder)
+        self._finished = True
         try:
-            flush_to_disk(self.folder)
-            self._take_name()
+            if isinstance(self.path, Path) and isinstance(self.folder, Path):
+                flush_to_disk(self.folder)
+                self._take_name(self.path, self.folder)
         except OSError as error:
             raise storage_error(self.path, error) from error
         return open_particles(self.path)
 
-    def _take_name(self) -> None:
-        if self.existing == "error" or not self.path.exists():
-            os.rename(self.folder, self.path)
+    def _take_name(self, path: Path, folder: Path) -> None:
+        if self.existing == "error" or not path.exists():
+            os.rename(folder, path)
             return
-        previous = hidden_sibling(self.path)
-        os.rename(self.path, previous)
+        previous = hidden_sibling(path)
+        os.rename(path, previous)
         try:
-            os.rename(self.folder, self.path)
+            os.rename(folder, path)
         except OSError:
-            os.rename(previous, self.path)
+            os.rename(previous, path)
             raise
-        shutil.rmtree(previous, ignore_errors=True)
+        remove_folder(previous)
 
 
 class ResumableWriter(ParticleWriter):
@@ -208,24 +225,26 @@ class ResumableWriter(ParticleWriter):
 
     The shards are in `.NAME.preparing` beside `path`, what is known of them in `work` (`.NAME.preparing.work`), which
     the caller fills. Leaving without `finish` keeps both. Raises DataError on entering when another process is writing
-    there, or when the unfinished work has another key; existing="overwrite" throws that away.
+    there, or when the unfinished work has another key; existing="overwrite" throws that away. On an object store the
+    shards are at `path`, without a manifest, and nothing keeps a second process out.
     """
 
     def __init__(
-        self, path: Path | str, layout: ImageLayout, key: str, existing: Literal["error", "overwrite"] = "error"
+        self, path: Location | str, layout: ImageLayout, key: str, existing: Literal["error", "overwrite"] = "error"
     ) -> None:
         super().__init__(path, layout, existing)
         self.key = key
-        self.folder = self.path.with_name(f".{self.path.name}.preparing")
-        self.work = self.folder.with_name(f"{self.folder.name}.work")
+        self.work: Location = self.path.with_name(f".{self.path.name}.preparing.work")
+        if isinstance(self.path, Path):
+            self.folder = self.path.with_name(f".{self.path.name}.preparing")
         self._lock: int | None = None
 
     def __enter__(self) -> "ResumableWriter":
-        check_replaceable(self.path, self.existing)
+        marker = self.work / "key"
+        if isinstance(self.path, Path) or not marker.exists():
+            check_replaceable(self.path, self.existing)
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.work, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_out_others()
         except BlockingIOError as error:
             self._release()
             raise DataError(f"{self.path}: another process is writing this dataset; wait for it.") from error
@@ -238,19 +257,30 @@ class ResumableWriter(ParticleWriter):
             raise
         return self
 
+    def _lock_out_others(self) -> None:
+        if isinstance(self.work, Path):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.work, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def _take_over(self) -> None:
         """Keep what is left of the same work, throw other work away or refuse it."""
         marker = self.work / "key"
+        began = marker.exists()
         if marker.exists() and marker.read_text() != self.key:
             if self.existing == "error":
                 raise DataError(
                     f"{self.folder}: holds an unfinished conversion of other settings or files; repeat the command "
                     "that began it, delete the folder, or --existing overwrite."
                 )
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_folder(self.folder)
             for left in self.work.iterdir():
                 left.unlink()
-        self.folder.mkdir(exist_ok=True)
+            began = False
+        if isinstance(self.folder, Path):
+            self.folder.mkdir(exist_ok=True)
+        elif not began:
+            remove_folder(self.folder)
         with written_atomically(marker) as temporary:
             temporary.write_text(self.key)
 
@@ -267,11 +297,20 @@ class ResumableWriter(ParticleWriter):
     def finish(self, source: dict[str, Any]) -> ParticleSet:
         """As ParticleWriter.finish; what was known of the work is deleted after the folder has its name."""
         particles = super().finish(source)
-        shutil.rmtree(self.work, ignore_errors=True)
+        remove_folder(self.work)
         return particles
 
 
-def check_replaceable(path: Path, existing: Literal["error", "overwrite"]) -> None:
+def _make_room(path: Location, folder: Location) -> None:
+    if isinstance(folder, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)  # pyright: ignore
+        folder.mkdir()
+        return
+    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    remove_folder(path)
+
+
+def check_replaceable(path: Location, existing: Literal["error", "overwrite"]) -> None:
     """Raise DataError unless a dataset may be written at `path`: it is absent, empty, or a dataset to be replaced."""
     try:
         names = {entry.name for entry in path.iterdir()}

@@ -22,19 +22,20 @@ from aceray.data.convert import (
     plan_conversion,
     take_sample,
 )
+from aceray.data.location import Location, location
 from aceray.data.manifest import Shard
 from aceray.data.particle_table import Findings
 from aceray.data.particles import open_particles
 from aceray.data.report import facts_of_conversion, facts_of_source, markdown
 from aceray.data.source import Source, SourceFiles, open_source
 from aceray.data.stacks import open_stack, unpack
-from aceray.data.storage import written_atomically
+from aceray.data.storage import local_copy, written_atomically
 from aceray.data.writer import ResumableWriter, WrittenShard, renumber_shard
 from aceray.distributed.monitor import DataMonitor
 from aceray.distributed.prepare import SimulationProgress, aceray_version, results_of_tasks
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import DataError
-from aceray.preparation import Preparation
+from aceray.preparation import InputParts, Preparation
 
 Existing = Literal["error", "keep", "overwrite"]
 _OWN_POSES = "input"
@@ -57,7 +58,7 @@ class Checked:
 class Prepared:
     """A dataset that was made of real particles, and the report that is beside it."""
 
-    path: Path
+    path: Location
     report: str
 
 
@@ -67,7 +68,7 @@ def check(source: str | Path, settings: Preparation) -> Checked:
     All metadata and headers are read, and a few images. Raises DataError when the input cannot be read at all.
     """
     findings = Findings()
-    opened = open_source(source_files(source, settings), findings)
+    opened = open_source(source_files(source, settings, settings.poses), findings)
     facts = facts_of_source(opened)
     try:
         plan = plan_conversion(opened, _treatment(settings), findings)
@@ -98,10 +99,10 @@ def prepare_particles(
         ClusterError: Ray cannot be reached or lost a task for good.
     """
     findings = Findings()
-    opened = open_source(source_files(source, settings), findings)
+    opened = open_source(source_files(source, settings, settings.poses), findings)
     plan = plan_conversion(opened, _treatment(settings), findings)
     findings.raise_errors()
-    path = Path(out).expanduser().resolve()
+    path = location(out).expanduser().resolve()
     if existing == "keep" and (path / "manifest.json").exists():
         return _kept(path, plan)
     if settings.strict and plan.refused:
@@ -113,7 +114,8 @@ def prepare_particles(
         refused = [*plan.refused, *(each for shard in made for each in shard.refused)]
         facts = facts_of_source(opened) | facts_of_conversion(plan, sample)
         report = markdown(facts, findings, refused)
-        (writer.folder / "report.md").write_text(report, encoding="utf-8")
+        with written_atomically(writer.folder / "report.md") as file:
+            file.write_text(report, encoding="utf-8")
         _write_refused(writer.folder / "refused.csv", opened, refused)
         _draw(writer.folder, opened, plan, sample)
         original = _copy_original(writer.folder, opened)
@@ -121,18 +123,20 @@ def prepare_particles(
     return Prepared(particles.path, report)
 
 
-def source_files(source: str | Path, settings: Preparation) -> SourceFiles:
+def source_files(source: str | Path, settings: InputParts, poses: str | None = None) -> SourceFiles:
     """What the settings say about the parts of an input."""
 
     def path(name: str | None) -> Path | None:
         return None if name is None else Path(name).expanduser()
 
+    datadir = None if settings.datadir is None else location(settings.datadir).expanduser()
+
     return SourceFiles(
-        path=Path(source).expanduser(),
-        datadir=path(settings.datadir),
-        passthrough=tuple(Path(name).expanduser() for name in settings.passthrough),
+        path=location(source).expanduser(),
+        datadir=datadir,
+        passthrough=tuple(location(name).expanduser() for name in settings.passthrough),
         ctf=path(settings.ctf),
-        poses=path(None if settings.poses == _OWN_POSES else settings.poses),
+        poses=path(None if poses == _OWN_POSES else poses),
         pixel_size_angstrom=settings.pixel_size,
     )
 
@@ -156,7 +160,7 @@ def _strict(source: str | Path, refused: tuple[tuple[int, str], ...]) -> str:
     return f"{source}: {len(refused) or 'some'} images would be refused ({first}); repair them or leave out --strict."
 
 
-def _kept(path: Path, plan: Conversion) -> Prepared:
+def _kept(path: Location, plan: Conversion) -> Prepared:
     if open_particles(path).manifest.source.get("recipe_sha256") != plan.sha256:
         raise DataError(
             f"{path}: holds a dataset of another input or other settings; choose another --out, or overwrite."
@@ -165,12 +169,14 @@ def _kept(path: Path, plan: Conversion) -> Prepared:
     return Prepared(path, report.read_text(encoding="utf-8") if report.exists() else "")
 
 
-def _unpacked(plan: Conversion, work: Path) -> Conversion:
+def _unpacked(plan: Conversion, work: Location) -> Conversion:
     """The plan with every compressed stack unpacked in the working folder, unless that was done before."""
     stacks = list(plan.stacks)
     for number in np.unique(plan.table.stack).tolist():
         stack = stacks[number]
         if stack is not None and stack.compression is not None:
+            if not isinstance(work, Path):
+                raise DataError(f"{stack.path}: is compressed, which needs a local --out; unpack it first.")
             target = work / f"unpacked-{number:06d}.mrcs"
             if not target.exists():
                 unpack(stack, target)
@@ -218,7 +224,7 @@ def _converted(
 
 
 def _make(
-    plan: Conversion, missing: list[int], made: dict[int, ConvertedShard], folder: Path, settings: Preparation
+    plan: Conversion, missing: list[int], made: dict[int, ConvertedShard], folder: Location, settings: Preparation
 ) -> Iterator[tuple[int, ConvertedShard]]:
     """The missing shards. Particles are numbered as if none of an unknown shard were refused; corrected later."""
     if settings.workers > 0:
@@ -232,7 +238,7 @@ def _make(
         yield shard, convert_shard(plan, shard, known + guessed, folder)
 
 
-def _record(writer: ResumableWriter, shard: int) -> Path:
+def _record(writer: ResumableWriter, shard: int) -> Location:
     return writer.work / f"shard-{shard:05d}.json"
 
 
@@ -253,14 +259,14 @@ def _read_record(writer: ResumableWriter, shard: int) -> ConvertedShard | None:
     return None
 
 
-def _write_refused(path: Path, source: Source, refused: list[tuple[int, str]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
+def _write_refused(path: Location, source: Source, refused: list[tuple[int, str]]) -> None:
+    with written_atomically(path) as file, open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "row", "reason"])
         writer.writerows([source.table.label(row), row, reason] for row, reason in sorted(refused))
 
 
-def _draw(folder: Path, source: Source, plan: Conversion, sample: Sample) -> None:
+def _draw(folder: Location, source: Source, plan: Conversion, sample: Sample) -> None:
     """particles.png, power_spectra.png and, where the input has what they show, defocus.png and view_directions.png."""
     from aceray.train.figures import view_figure
     from aceray.train.particle_figures import contact_sheet, defocus_figure, power_figure
@@ -274,19 +280,21 @@ def _draw(folder: Path, source: Source, plan: Conversion, sample: Sample) -> Non
         angles = [torch.from_numpy(pose[name][plan.table.source_row]) for name in ("rot_deg", "tilt_deg", "psi_deg")]
         figures["view_directions"] = view_figure(rotation_from_relion(*angles))
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", format="png", metadata={"Software": None})
+        with written_atomically(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def _copy_original(folder: Path, source: Source) -> str | None:
+def _copy_original(folder: Location, source: Source) -> str | None:
     """What the input said, kept with the dataset, so that poses can go back into it; the file's name, or None."""
     if source.original is None:
         return None
     if isinstance(source.original, np.ndarray):
         # with the columns of the passthrough files
-        with open(folder / "source.cs", "wb") as stream:
+        with written_atomically(folder / "source.cs") as file, open(file, "wb") as stream:
             np.save(stream, source.original, allow_pickle=False)
         return "source.cs"
-    shutil.copyfile(source.files.path, folder / "source.star")
+    with written_atomically(folder / "source.star") as file, local_copy(source.files.path) as copy:
+        shutil.copyfile(copy, file)
     return "source.star"
 
 

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from aceray.build import training_box
+from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.original import original_of, write_original_poses
 from aceray.data.particles import ParticleSet, open_particles
 from aceray.data.storage import storage_error, written_atomically
+from aceray.distributed.predictor import FromDataset, Method, Predictor
+from aceray.distributed.run import device_of
 from aceray.em.rotation import rotation_from_relion
 from aceray.errors import DataError
 from aceray.folder import RunFolder, open_run_folder
@@ -29,12 +34,13 @@ class Exported:
     paths: dict[str, Path]
 
 
-def export_run(run: str | Path, out: str | Path) -> Exported:
+def export_run(run: str | Path, out: str | Path, spread: bool = False) -> Exported:
     """Write the results of a finished run to `out`.
 
     volume.mrc has the voxel size of the training box and its origin at voxel 0, as RELION's and cryoSPARC's maps; the
     particle's centre is at d // 2. Poses refer to the input's own stacks, names and pixel size where the dataset was
-    made by `aceray prepare`.
+    made by `aceray prepare`. With `spread` they have a column that says how far the encoder's poses of an image's eight
+    turns and mirrors disagree, in degrees.
 
     Raises:
         DataError: this is no finished run, its dataset is missing or another one, or `out` holds something else.
@@ -54,7 +60,8 @@ def export_run(run: str | Path, out: str | Path) -> Exported:
             paths[Path(name).stem] = target / name
             with written_atomically(target / name) as temporary:
                 shutil.copyfile(folder.path / name, temporary)
-    for path in _write_poses(target, folder, particles):
+    spread_deg = _spread(folder, particles, config) if spread else None
+    for path in _write_poses(target, folder, particles, spread_deg):
         paths[path.name] = path
     return Exported(target, paths)
 
@@ -72,9 +79,18 @@ def own_folder(out: str | Path, names: tuple[str, ...]) -> Path:
     return target
 
 
-def _write_poses(target: Path, folder: RunFolder, particles: ParticleSet) -> list[Path]:
+def _spread(folder: RunFolder, particles: ParticleSet, config: Config) -> Tensor:
+    """How far the encoder's poses disagree over D4, degrees, of the run's particles in their order."""
+    source = FromDataset(particles, training_box(config, particles.manifest.box))
+    predictor = Predictor(folder.path, source, Method(refine=False, eightfold=True), device_of(config))
+    found = [predictor(portion) for portion in source.portions()]
+    number = torch.cat([each.poses.particle_id for each in found])
+    return torch.cat([each.spread_deg for each in found if each.spread_deg is not None])[number.argsort()]
+
+
+def _write_poses(target: Path, folder: RunFolder, particles: ParticleSet, spread_deg: Tensor | None) -> list[Path]:
     poses = pd.read_parquet(folder.poses)
     columns = {name: torch.from_numpy(poses[name].to_numpy(copy=True)) for name in poses}
     rotation = rotation_from_relion(*(columns[name].double() for name in ("rot_deg", "tilt_deg", "psi_deg")))
     origin = torch.stack([columns["origin_x_angstrom"], columns["origin_y_angstrom"]], dim=1).double()
-    return write_original_poses(target, original_of(particles), rotation, origin, columns["residual"])
+    return write_original_poses(target, original_of(particles), rotation, origin, columns["residual"], spread_deg)

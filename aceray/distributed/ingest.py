@@ -6,12 +6,12 @@ Both ways read the same row groups with the same functions and give the same sta
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from aceray.data.location import Location
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
 from aceray.em.ctf import CtfParameters
 from aceray.errors import DataError
@@ -57,7 +57,7 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     )
 
 
-def read_portion(portion: dict[str, Any], path: Path, half_set: int | None, box: int) -> dict[str, np.ndarray]:
+def read_portion(portion: dict[str, Any], path: Location, half_set: int | None, box: int) -> dict[str, np.ndarray]:
     """What one task does: the columns of some row groups, decoded and cropped."""
     particles = open_particles(path, half_set)
     groups = [RowGroup(int(shard), int(group)) for shard, group in portion["groups"][0]]

@@ -5,10 +5,10 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aceray.config import Config, Resources, Simulation
+from aceray.data.location import Location, location
 from aceray.data.manifest import ImageLayout
 from aceray.data.particles import open_particles
 from aceray.data.simulate import CtfRanges, Plan, Recipe, plan, simulate_shard
@@ -36,7 +36,7 @@ def simulate(
     config: Config,
     existing: Literal["error", "keep", "overwrite"] = "error",
     on_progress: Callable[[SimulationProgress], None] | None = None,
-) -> Path:
+) -> Location:
     """Write the dataset that `config.simulation` describes to `config.data.path` and return that folder.
 
     existing="keep" leaves a dataset made by the same recipe as it is. With `resources.workers` = 0, or for a small set,
@@ -50,7 +50,7 @@ def simulate(
     if config.simulation is None:
         raise ConfigError("simulation: is null; add a preset such as data/spliceosome_32.")
     recipe = recipe_from(config.simulation)
-    path = Path(config.data.path).expanduser().resolve()
+    path = location(config.data.path).expanduser().resolve()
     digest = recipe.sha256()
     if existing == "keep" and _is_kept(path, digest):
         return path
@@ -77,7 +77,7 @@ def recipe_from(simulation: Simulation) -> Recipe:
     return Recipe(**values)
 
 
-def _is_kept(path: Path, digest: str) -> bool:
+def _is_kept(path: Location, digest: str) -> bool:
     """Whether the very dataset is there; False where there is nothing yet. Raises DataError for anything else."""
     try:
         if not any(path.iterdir()):
@@ -112,7 +112,7 @@ def _source(planned: Plan, digest: str) -> dict[str, Any]:
     }
 
 
-def _make_shards(planned: Plan, folder: Path, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
+def _make_shards(planned: Plan, folder: Location, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
     recipe = planned.recipe
     small = recipe.particles * recipe.box**2 <= _PIXELS_WORTH_RAY
     if resources.workers == 0 or small:
@@ -122,12 +122,12 @@ def _make_shards(planned: Plan, folder: Path, resources: Resources) -> Iterator[
         yield from _make_shards_on_ray(planned, folder, resources)
 
 
-def _make_shard(planned: Plan, shard: int, folder: Path, layout: ImageLayout) -> WrittenShard:
+def _make_shard(planned: Plan, shard: int, folder: Location, layout: ImageLayout) -> WrittenShard:
     images, columns = simulate_shard(planned, shard)
     return write_shard(folder, shard, layout, images, columns)
 
 
-def _make_shards_on_ray(planned: Plan, folder: Path, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
+def _make_shards_on_ray(planned: Plan, folder: Location, resources: Resources) -> Iterator[tuple[int, WrittenShard]]:
     """Shards in the order in which the cluster finishes them."""
     layout, shards = planned.recipe.layout, range(len(planned.recipe.shards))
     arguments = {shard: (shard, folder, layout) for shard in shards}

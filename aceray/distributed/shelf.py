@@ -1,7 +1,6 @@
 """Data sets that the trials of a study share: each is read once and lies in Ray's object store."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from ray.exceptions import RayError
 
 from aceray.build import training_box
 from aceray.config import Config
+from aceray.data.location import location
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
 from aceray.distributed.ingest import columns_of, read_here, shared_stack
 from aceray.distributed.supervisor import known_error
@@ -48,7 +48,7 @@ def reader(shelf: Any) -> Callable[[Config], tuple[ParticleSet, ParticleStack]]:
     def read_stack(config: Config) -> tuple[ParticleSet, ParticleStack]:
         particles = open_particles(config.data.path, config.data.half_set)
         box = training_box(config, particles.manifest.box)
-        path = str(Path(config.data.path).absolute())
+        path = str(location(config.data.path).absolute())
         try:
             columns: dict[str, np.ndarray] = ray.get(ray.get(shelf.fetch.remote(path, config.data.half_set, box))[0])
         except RayError as error:

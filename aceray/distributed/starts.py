@@ -14,7 +14,7 @@ from aceray.data.storage import hidden_sibling, storage_error
 from aceray.distributed.study_run import HERE, OnEvent, StudyResult, ranked_trials, run_study
 from aceray.distributed.trial import changed
 from aceray.errors import DataError
-from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, open_run_folder, remove_folder
+from aceray.folder import Existing, RunFolder, RunResult, create_run_folder, open_run_folder, take_away
 from aceray.study import Objective, Study
 
 SUFFIX = ".starts"
@@ -75,7 +75,7 @@ def _check_free(config: Config, existing: Existing) -> None:
         open_run_folder(run.path)  # what is no run is not touched
     starts = folder_of_starts(config)
     if existing == "overwrite" and (starts / "study.yaml").exists():
-        remove_folder(starts)
+        take_away(starts)
 
 
 def _kept(best: Path, config: Config) -> RunResult:
@@ -86,7 +86,7 @@ def _kept(best: Path, config: Config) -> RunResult:
     try:
         shutil.copytree(best, part, ignore=shutil.ignore_patterns(source.trial.name, source.scratch.name))
         if target.exists():
-            remove_folder(target)
+            take_away(target)
         part.rename(target)
     except OSError as error:
         raise storage_error(target, error) from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from aceray.build import final_box
 from aceray.comparison import compare, table_markdown
 from aceray.config import Config
+from aceray.data.location import location
 from aceray.data.manifest import Manifest
 from aceray.data.mrc import read_volume
 from aceray.data.particles import open_particles
@@ -186,7 +187,7 @@ def _setup(run: RunFolder) -> Setup:
 def _manifest(config: Config) -> Manifest | None:
     """What the data set says of itself; None when it is not here (any more)."""
     try:
-        return Manifest.read(Path(config.data.path).expanduser().absolute())
+        return Manifest.read(location(config.data.path).expanduser().absolute())
     except DataError:
         return None
 

@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
+from aceray.data.location import Location
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
@@ -52,7 +53,7 @@ class Task:
 
     config: Config
     folder: Path
-    particles: Path
+    particles: Location
     groups: list[list[RowGroup]]
     box: int
     work: ShareOfRun

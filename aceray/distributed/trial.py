@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aceray.build import last_step
 from aceray.config import Config
+from aceray.data.location import location
 from aceray.data.mrc import read_volume
 from aceray.data.particles import open_particles
 from aceray.data.storage import append_line, storage_error, written_atomically
@@ -101,7 +102,7 @@ def make_trial(study: Study, folder: Path, number: int, point: Point, name: str 
     name, trials = name or trial_name(study, point, number), folder.absolute() / "trials"
     alone = config_of(study, point, name, str(trials))
     # the working directory of another process is another
-    alone = changed(alone, **{"data.path": str(Path(alone.data.path).expanduser().absolute())})
+    alone = changed(alone, **{"data.path": str(location(alone.data.path).expanduser().absolute())})
     second = alone.seed + SEED_OF_SECOND
     match study.members:
         case "one":

@@ -50,12 +50,13 @@ def crop_images(images: Float[Tensor, "*batch d d"], box: int) -> Float[Tensor, 
     """
     if box == images.shape[-1]:
         return images
-    cropped = _crop_centre(centred_fft2(images), box, _IMAGE)
-    if box % 2 == 0:
-        cropped = cropped.clone()
-        cropped[..., 0, :] = 0
-        cropped[..., :, 0] = 0
-    return centred_ifft2(cropped).real.contiguous()
+    # half a transform suffices for real images; frequencies up to `last` have both partners in the smaller box
+    last = (box - 1) // 2
+    spectrum = torch.fft.rfft2(torch.fft.ifftshift(images, _IMAGE), norm="ortho")
+    cropped = spectrum.new_zeros(*spectrum.shape[:-2], box, box // 2 + 1)
+    cropped[..., : last + 1, : last + 1] = spectrum[..., : last + 1, : last + 1]
+    cropped[..., box - last :, : last + 1] = spectrum[..., spectrum.shape[-2] - last :, : last + 1]
+    return torch.fft.fftshift(torch.fft.irfft2(cropped, s=(box, box), norm="ortho"), _IMAGE)
 
 
 def crop_volume(volume: Float[Tensor, "d d d"], box: int) -> Float[Tensor, "b b b"]:

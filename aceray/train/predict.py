@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from aceray.data.particles import ParticleStack
 from aceray.em.ctf import CtfParameters, ctf_on_disc
+from aceray.em.dihedral import ELEMENTS, coefficient_tables, element_rotations, transform_coefficients
 from aceray.em.fourier import HalfDisc
+from aceray.em.rotation import rotation_sqfrob, sqfrob_to_degrees
 from aceray.models.autoencoder import AutoEncoder
 
 _CHUNK = 1024
@@ -119,3 +121,46 @@ def predict(model: AutoEncoder, particles: Particles, stored_box: int) -> Poses:
     model.train(training)
     rotation, shift_px, residual = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Poses(particles.particle_id, rotation, shift_px * (stored_box / model.disc.box), residual)
+
+
+@dataclass(frozen=True)
+class EightfoldPoses:
+    """The best pose over the eight quarter turns and mirrors of every image, and how far these disagree.
+
+    spread_deg is the angle whose squared Frobenius distance is the mean of those of the eight rotations, all turned
+    back, from the best: 0 where all agree, about 120 where the encoder knows nothing.
+    """
+
+    poses: Poses
+    spread_deg: Float[Tensor, " n"]
+
+
+@torch.no_grad()
+def predict_eightfold(model: AutoEncoder, particles: Particles, stored_box: int) -> EightfoldPoses:
+    """Encode every image under all of D4, which loses nothing (em/dihedral.py), and turn the poses back.
+
+    Of the eight the pose counts whose rendering is nearest to its image; their mean is worse (train/README.md).
+    """
+    training = model.training
+    model.eval()
+    transform, parts = model.decoder.transform(), []
+    tables, turns = coefficient_tables(model.disc), element_rotations(model.disc.radius.device)
+    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
+        images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
+        found = []
+        for number in range(ELEMENTS):
+            element = torch.full((len(index),), number, device=index.device)
+            turned = transform_coefficients(images, element, tables)
+            # astigmatism turns along with the image
+            pose = best_poses(model, transform, turned, None if ctf is None else ctf[:, tables[0][number]])
+            back = turns[number].T
+            shift_px = pose.shift_px @ back[:2, :2].T
+            found.append((back @ pose.rotation, shift_px, model.residual(pose.coefficients, turned)))
+        rotations, shifts, residuals = (torch.stack(column) for column in zip(*found, strict=True))
+        best = residuals.argmin(dim=0), torch.arange(len(index), device=index.device)
+        spread_deg = sqfrob_to_degrees(rotation_sqfrob(rotations, rotations[best]).mean(0))
+        parts.append((rotations[best], shifts[best], residuals[best], spread_deg))
+    model.train(training)
+    rotation, shift_px, residual, spread_deg = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    poses = Poses(particles.particle_id, rotation, shift_px * (stored_box / model.disc.box), residual)
+    return EightfoldPoses(poses, spread_deg)

@@ -101,14 +101,20 @@ class Limits:
 
 
 class Level:
-    """A worker's particles, Fourier-cropped to a round's box."""
+    """A worker's particles, Fourier-cropped to a round's box.
 
-    def __init__(self, particles: Particles, disc: HalfDisc, box: int) -> None:
+    `power` is the images' mean power in each shell, that of all workers' particles unless it is given.
+    """
+
+    def __init__(
+        self, particles: Particles, disc: HalfDisc, box: int, power: Float[Tensor, " s"] | None = None
+    ) -> None:
         self.disc = HalfDisc(box).to(disc.radius.device)
         self._index = _inside(disc, self.disc)
         self._particles = particles
         self._pixel_size_angstrom = particles.pixel_size_angstrom * disc.box / box
-        self.weight = self.disc.weight / self._power()
+        self.power = self._power() if power is None else power
+        self.weight = self.disc.weight / self.power[self.disc.shell]
 
     def chunks(self) -> Iterator[tuple[Int[Tensor, " b"], Images]]:
         """All images, a few hundred at a time, with their rows."""
@@ -123,8 +129,8 @@ class Level:
         cropped = Particles(coefficients, ctf.take(rows), rows.cpu(), self._pixel_size_angstrom)
         return Images(coefficients, cropped.transfer(torch.arange(len(rows), device=rows.device), self.disc))
 
-    def _power(self) -> Float[Tensor, " p"]:
-        """Mean power of the images of all workers in each shell, at every frequency."""
+    def _power(self) -> Float[Tensor, " s"]:
+        """Mean power of the images of all workers in each shell."""
         shells = int(self.disc.shell.max()) + 1
         power = torch.zeros(2, shells, device=self.disc.radius.device)
         for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
@@ -132,7 +138,7 @@ class Level:
             power[0].index_add_(0, self.disc.shell, squared)
             power[1].index_add_(0, self.disc.shell, torch.full_like(self.disc.radius, len(rows)))
         total, count = sum_over_workers(power)
-        return (total / count.clamp_min(1)).clamp_min(1e-12)[self.disc.shell]
+        return (total / count.clamp_min(1)).clamp_min(1e-12)
 
 
 def _inside(outer: HalfDisc, inner: HalfDisc) -> Int[Tensor, " q"]:
@@ -265,20 +271,36 @@ class Refiner:
 
     def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
         penalty = self._penalty(state, level.disc.box / self.stored_box)
-        whole = make_reference(maps.joint, level.disc, penalty, level.weight)
-        return whole.within(_BEYOND * first_lost_shell(maps.half_fsc))
+        return agreed_reference(maps.joint, maps.half_fsc, level.disc, level.weight, penalty)
 
     def _penalty(self, state: Refined, scale: float) -> float | None:
-        """Weight of a squared shift in pixels of a round's box, from the spread of the present ones.
-
-        It is the noise over the spread's square; the noise, in units of the images' power, is what is left unexplained.
-        """
+        """Weight of a squared shift in pixels of a round's box, from the spread of the present ones."""
         if self._shift_spread_px is None:
             return None
         spread = self._shift_spread_px
         if state.done:
             spread = _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5
-        return min(1.0, state.energy) / max(spread * scale, _SMALLEST_SPREAD_PX) ** 2
+        return shift_penalty(state.energy, spread * scale)
+
+
+def shift_penalty(energy: float, spread_px: float) -> float:
+    """Weight of a squared shift in pixels, for shifts of that spread.
+
+    It is the noise over the spread's square; the noise, in units of the images' power, is what is left unexplained.
+    """
+    return min(1.0, energy) / max(spread_px, _SMALLEST_SPREAD_PX) ** 2
+
+
+def agreed_reference(
+    volume: Float[Tensor, "d d d"],
+    half_fsc: Float[Tensor, " s"],
+    disc: HalfDisc,
+    weight: Float[Tensor, " p"],
+    penalty: float | None,
+) -> Reference:
+    """A map as what images are compared with, little beyond where its halves agree."""
+    whole = make_reference(volume, disc, penalty, weight)
+    return whole.within(_BEYOND * first_lost_shell(half_fsc))
 
 
 def _least_energy(energy: Float[Tensor, " n"], share: float) -> float:
@@ -294,7 +316,7 @@ class _Matcher:
 
     def __init__(self, reference: Reference, plan: Round, least: float, seed: int, number: int) -> None:
         self.reference, self._steps, self._least = reference, plan.steps, least
-        self._search = _Search(reference, plan.search_radius, seed, number) if plan.searched > 0 else None
+        self._search = Search(reference, plan.search_radius, seed, number) if plan.searched > 0 else None
 
     def improved(self, images: Images, before: Matches) -> Matches:
         """The better of what lies near the present pose and of what the search finds."""
@@ -306,7 +328,7 @@ class _Matcher:
         return found.replaced(lost, better)
 
 
-class _Search:
+class Search:
     """All rotations, with the shifts about the present one."""
 
     def __init__(self, reference: Reference, radius: float, seed: int, number: int) -> None:

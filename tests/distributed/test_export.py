@@ -169,7 +169,7 @@ def test_training_particles_get_the_poses_that_the_run_gave_them(trained, tmp_pa
     path, star, result = trained
     source = star if kind == "star" else path / "set"
     seen = []
-    found = aceray.predict(result.folder, source, tmp_path / "out", on_progress=seen.append)
+    found = aceray.predict(result.folder, source, tmp_path / "out", seen.append, eightfold=False)
     assert (found.particles, found.refused) == (1024, 0) and seen[-1].done == seen[-1].particles == 1024
     assert set(found.paths) == {"poses.star", "poses.cs", "poses.parquet"} and found.particles_per_second > 0
     table, rotation = poses_of(found.paths["poses.parquet"])
@@ -191,7 +191,7 @@ def test_new_particles_in_part_and_with_bad_images(trained, tmp_path):
     starts = {"rlnDefocusU": 15100.0, "rlnDefocusV": 14100.0}
     defocus = {name: [low + index for index in range(40)] for name, low in starts.items()}
     star = write_star(tmp_path / "q.star", [f"{index + 1}@q.mrcs" for index in range(40)], **defocus)
-    found = aceray.predict(result.folder, star, tmp_path / "out")
+    found = aceray.predict(result.folder, star, tmp_path / "out", eightfold=False)
     assert (found.particles, found.refused) == (39, 1)
     table, rotation = poses_of(found.paths["poses.parquet"])
     assert table["source_row"].tolist() == [row for row in range(40) if row != 3]
@@ -220,6 +220,29 @@ def test_ray_datas_actors_give_the_same_poses(trained, tmp_path):
     (first, rotation), (second, other) = (poses_of(each.paths["poses.parquet"]) for each in (here, there))
     torch.testing.assert_close(rotation, other, atol=1e-3, rtol=0)
     np.testing.assert_allclose(first["residual"], second["residual"], rtol=1e-3)
+    np.testing.assert_allclose(first["pose_spread_deg"], second["pose_spread_deg"], atol=0.1)
+
+
+def test_the_spread_of_eight_views_goes_with_the_poses(trained, tmp_path):
+    """In every file, particle by particle, of new particles as of the run's own; files without it lose the column."""
+    path, star, result = trained
+    found = aceray.predict(result.folder, star, tmp_path / "out")
+    assert found.method == "encoder, the best of eight turns and mirrors"
+    table = pd.read_parquet(found.paths["poses.parquet"])
+    spread = table["pose_spread_deg"].to_numpy()
+    assert spread.min() > 0 and spread.max() <= 180 and spread.std() > 1
+    rows = read_star_file(found.paths["poses.star"]).table()
+    assert [int(name.split("@")[0]) - 1 for name in rows["rlnImageName"]] == table["stack_index"].tolist()
+    np.testing.assert_allclose(rows["acerayPoseSpreadDeg"].astype(float), spread, atol=1e-3)
+    np.testing.assert_allclose(read_record_array(found.paths["poses.cs"])["aceray/pose_spread_deg"], spread, rtol=1e-5)
+    own = aceray.export(result.folder, tmp_path / "own", spread=True)
+    again = pd.read_parquet(own.paths["poses.parquet"]).sort_values("source_row")["pose_spread_deg"]
+    # float16 on disk
+    np.testing.assert_allclose(again, table.sort_values("source_row")["pose_spread_deg"], atol=5.0)
+    without = aceray.predict(result.folder, own.paths["poses.star"], tmp_path / "x", datadir=str(path), eightfold=False)
+    assert "acerayPoseSpreadDeg" not in read_star_file(without.paths["poses.star"]).table()
+    with pytest.raises(DataError, match="has no refined map"):
+        aceray.predict(result.folder, star, tmp_path / "y", refine=True)
 
 
 def test_the_runs_own_star_file_names_the_original_particles(trained):

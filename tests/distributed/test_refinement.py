@@ -6,21 +6,25 @@ from pathlib import Path
 
 import mrcfile
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import aceray
 from aceray.build import final_box, last_step, refinement_rounds, training_box
 from aceray.config import Config
-from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, ParticleStack
+from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, ParticleStack, open_particles
 from aceray.distributed.ingest import read_here
 from aceray.distributed.run import evaluate_run, evaluate_run_with_oracle, exhaust, run
 from aceray.distributed.share import Place, train_share
+from aceray.em.rotation import rotation_from_relion, rotation_sqfrob
 from aceray.folder import RunFolder, create_run_folder
+from aceray.metrics.alignment import align_poses
 from aceray.presets import load_config
 from aceray.train.loop import Progress
 from tests.distributed.conftest import QUICK
-from tests.distributed.particles import BOX, PIXEL_SIZE
+from tests.distributed.particles import BOX, PIXEL_SIZE, write_particles
 
 Configure = Callable[..., Config]
 SHORT = ("train.steps=6", "encoder.heads=1", "refine.search_rounds=2", "refine.polish_rounds=1")
@@ -170,3 +174,49 @@ def test_refinement_does_not_read_the_truth(configure: Configure, particle_set: 
         shares.append(exhaust(train_share(config, folder, particles, stack, Place()), None))
     torch.testing.assert_close(shares[0].poses.rotation, shares[1].poses.rotation, rtol=0, atol=0)
     torch.testing.assert_close(shares[0].volume, shares[1].volume, rtol=0, atol=0)
+
+
+def test_new_particles_are_refined_as_well_as_those_of_the_run(
+    finished: tuple[RunFolder, list[Progress], dict[str, float]], tmp_path: Path
+) -> None:
+    """Other views of the same molecule: what the refined poses leave unexplained is alike."""
+    folder, _, _ = finished
+    write_particles(tmp_path / "new", seed=2, truth=True)
+    found = aceray.predict(folder.path, tmp_path / "new", tmp_path / "out")
+    assert found.method == "encoder, refined against the run's map"
+    own, new = (pd.read_parquet(path)["residual"] for path in (folder.poses, found.paths["poses.parquet"]))
+    # an image that made the map has a part of its noise in it
+    assert float(new.median()) == pytest.approx(float(own.median()), rel=0.05)
+    encoded = aceray.predict(folder.path, tmp_path / "new", tmp_path / "encoded", refine=False, eightfold=False)
+    worse = pd.read_parquet(encoded.paths["poses.parquet"])["residual"]
+    assert encoded.method == "encoder" and not np.allclose(worse, new)
+
+
+def errors(rotation: torch.Tensor, dataset: Path) -> torch.Tensor:
+    """Squared Frobenius distances to the truth, after alignment."""
+    truth = open_particles(dataset).read_truth()
+    assert truth is not None
+    aligned = align_poses(rotation.float(), truth.rotation).apply(rotation.float())
+    return rotation_sqfrob(aligned.double(), truth.rotation.double())
+
+
+def rotations(path: Path, order: str) -> torch.Tensor:
+    table = pd.read_parquet(path).sort_values(order)
+    return rotation_from_relion(*(torch.tensor(table[name].to_numpy()) for name in ("rot_deg", "tilt_deg", "psi_deg")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_errors_of_new_particles_are_those_of_the_runs_own(tmp_path: Path) -> None:
+    for name, seed in (("own", 1), ("new", 2)):
+        write_particles(tmp_path / name, seed, truth=True)
+    few = [word for word in QUICK if not word.startswith(("train.steps", "refine", "encoder.width"))]
+    paths = f"data.path={tmp_path / 'own'}", f"runs={tmp_path / 'runs'}"
+    config = load_config(*paths, *few, "train.steps=300", "refine.search_rounds=3", "refine.polish_rounds=1")
+    folder = RunFolder(run(config).folder)
+    found = aceray.predict(folder.path, tmp_path / "new", tmp_path / "out")
+    own = errors(rotations(folder.poses, "particle_id"), tmp_path / "own")
+    new = errors(rotations(found.paths["poses.parquet"], "stack_index"), tmp_path / "new")
+    assert float(own.median()) < 0.02
+    assert float(new.median()) == pytest.approx(float(own.median()), rel=0.15)
+    assert float((new > 0.5).double().mean()) == pytest.approx(float((own > 0.5).double().mean()), abs=0.02)

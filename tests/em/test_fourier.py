@@ -146,3 +146,17 @@ def test_batch_equals_loop() -> None:
 
 def test_nothing_is_saved_with_a_model() -> None:
     assert HalfDisc(8).state_dict() == {}
+
+
+@pytest.mark.parametrize(("size", "box"), [(12, 8), (12, 7), (13, 8), (13, 7), (9, 1), (9, 2), (13, 12), (12, 11)])
+def test_cropped_images_are_the_whole_transform_without_its_edges(size: int, box: int) -> None:
+    images = torch.randn(3, size, size, generator=torch.Generator().manual_seed(size)).double().numpy()
+    axes = (-2, -1)
+    spectrum = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(images, axes), norm="ortho"), axes)
+    start = size // 2 - box // 2
+    spectrum = spectrum[:, start : start + box, start : start + box].copy()
+    if box % 2 == 0:
+        spectrum[:, 0], spectrum[:, :, 0] = 0, 0
+    expected = np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(spectrum, axes), norm="ortho"), axes)
+    assert np.abs(expected.imag).max() < 1e-12
+    assert_close(crop_images(torch.from_numpy(images), box), torch.from_numpy(expected.real), atol=1e-12, rtol=0)
