@@ -5,18 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from aceray.config import (
-    BackgroundNoise,
-    CnnEncoder,
-    Config,
-    ManifestNoise,
-    MlpEncoder,
-    Resnet18Encoder,
-    SirenDecoder,
-    SnrNoise,
-    VggEncoder,
-    VoxelDecoder,
-)
+from aceray.config import BackgroundNoise, Config, ManifestNoise, SnrNoise
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
 from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.formation import noise_std_for_snr
@@ -37,6 +26,7 @@ from aceray.models.encoder import (
     regressor,
     start_as_cryoai,
 )
+from aceray.networks import CnnEncoder, MlpEncoder, Resnet18Encoder, SirenDecoder, VggEncoder, VoxelDecoder
 from aceray.train.background import Noise, WhiteNoise, measure_background
 from aceray.train.evaluate import evaluate
 from aceray.train.lanes import Lane, Sampler

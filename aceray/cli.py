@@ -4,29 +4,25 @@ import atexit
 import os
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
 
 from aceray import api
-from aceray.display import Page, RunDisplay, StudyDisplay
+from aceray.display import RunDisplay, StudyDisplay
 from aceray.errors import AcerayError, ConfigError
 from aceray.preparation import Prediction, Preparation
+from aceray.printing import from_here, metrics_table, print_markdown, print_report, print_result, print_study
 
 if TYPE_CHECKING:
-    from aceray.data.location import Location
     from aceray.distributed.study_run import StudyResult
-    from aceray.folder import RunResult
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -109,7 +105,7 @@ def simulate(
         config = api.load_config(*settings)
         with RunDisplay("simulate", "particles") as display:
             folder = api.simulate(config, existing, display.simulated)
-    print(f"dataset      {_from_here(folder)}")
+    print(f"dataset      {from_here(folder)}")
 
 
 @app.command()
@@ -129,14 +125,14 @@ def prepare(
             raise ConfigError("prepare: give either --out, the folder of the dataset, or --check")
         if check:
             checked = api.check(source, **options)
-            _print_report(checked.markdown())
+            print_report(checked.markdown())
             if checked.findings.errors:
                 raise typer.Exit(USER_ERROR)
             return
         with RunDisplay("prepare", "particles") as display:
             prepared = api.prepare(source, str(out), existing, display.simulated, **options)
-    _print_report(prepared.report)
-    print(f"dataset      {_from_here(prepared.path)}")
+    print_report(prepared.report)
+    print(f"dataset      {from_here(prepared.path)}")
 
 
 @app.command()
@@ -152,11 +148,11 @@ def train(
         if config.seeds > 1:
             with StudyDisplay(config.label_free_score) as starts:
                 result = api.train(config, existing, starts.happened)
-            _print_markdown(api.leaderboard_of_starts(config))
+            print_markdown(api.leaderboard_of_starts(config))
         else:
             with RunDisplay(config.name, "steps", config.train.steps) as display:
                 result = api.train(config, existing, display.trained)
-    _print_result(result)
+    print_result(result)
 
 
 @app.command()
@@ -180,7 +176,7 @@ def evaluate(
     """Evaluate the last checkpoint of a run and renew its results, or score the files of another program."""
     with _readable("to start again, repeat the command"):
         if dataset and poses and volume and not (run_folder or oracle or half_map):
-            Console(highlight=False).print(_table(api.score(dataset, poses, volume)))
+            Console(highlight=False).print(metrics_table(api.score(dataset, poses, volume)))
             return
         if not run_folder or dataset or poses or volume:
             raise ConfigError("evaluate: give either the folder of a run, or --dataset, --poses and --volume")
@@ -193,7 +189,7 @@ def evaluate(
                 result = api.evaluate_with_oracle(run_folder, None, display.searched)
         else:
             result = api.evaluate(run_folder)
-    _print_result(result)
+    print_result(result)
 
 
 @app.command()
@@ -208,7 +204,7 @@ def export(
     with _readable("to start again, repeat the command"):
         exported = api.export(run_folder, out, spread)
     for name, path in exported.paths.items():
-        print(f"{name:12} {_from_here(path)}")
+        print(f"{name:12} {from_here(path)}")
 
 
 @app.command()
@@ -223,7 +219,7 @@ def predict(
     with _readable("to start again, repeat the command"), RunDisplay("predict", "particles") as display:
         found = api.predict(run_folder, source, out, display.predicted, **options)
     for name, path in found.paths.items():
-        print(f"{Path(name).suffix[1:]:12} {_from_here(path)}")
+        print(f"{Path(name).suffix[1:]:12} {from_here(path)}")
     left = f", {found.refused:,} images refused" if found.refused else ""
     print(f"{'particles':12} {found.particles:,}, {found.particles_per_second:,.0f} a second{left}")
     print(f"{'poses':12} {found.method}")
@@ -255,7 +251,8 @@ def tune(
                 on_simulation=display.simulated,
                 on_oracle=display.searched,
             )
-    _print_study(result)
+    print_study(result)
+    _fail_if_all_failed(result)
 
 
 @app.command()
@@ -263,7 +260,8 @@ def compare(study_folder: Annotated[str, typer.Argument(help="folder of a study,
     """Rank the trials of an earlier study again and renew its leaderboard, tables and figures."""
     with _readable("to start again, repeat the command"), StudyDisplay() as display:
         result = api.compare(study_folder, display.searched)
-    _print_study(result)
+    print_study(result)
+    _fail_if_all_failed(result)
 
 
 @app.command()
@@ -291,115 +289,11 @@ def _readable(advice: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _print_study(result: "StudyResult") -> None:
-    """The leaderboard, the files, how to see the study in MLflow; exit code 2 when every trial failed."""
-    for name in ("leaderboard", "table"):
-        if name in result.paths:
-            _print_markdown(result.paths[name])
-    count = Counter(notes["status"] for notes in result.trials.values())
-    print(f"{'study':12} {_from_here(result.folder)}")
-    print(f"{'trials':12} " + ", ".join(f"{number} {status}" for status, number in count.items()))
-    for path in result.paths.values():
-        print(f"{path.stem:12} {_from_here(path)}")
-    if result.mlflow_run_id is not None and result.tracking_uri is not None:
-        _print_how_to_open("study", result.tracking_uri, result.mlflow_run_id)
-    if result.trials and set(count) == {"failed"}:
+def _fail_if_all_failed(result: "StudyResult") -> None:
+    """Exit code 2 when every trial of a study failed."""
+    if result.trials and all(notes["status"] == "failed" for notes in result.trials.values()):
         first = next(iter(result.trials.values()))["reason"]
         print(
             f"error: {result.study.name}: all {len(result.trials)} trials failed; the first: {first}", file=sys.stderr
         )
         raise typer.Exit(USER_ERROR)
-
-
-def _print_markdown(path: Path) -> None:
-    _print_report(path.read_text(encoding="utf-8"))
-
-
-def _print_report(text: str) -> None:
-    """Markdown: typeset in a terminal, as it is anywhere else."""
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(Page(text))
-    else:
-        print(text)
-
-
-def _print_result(result: "RunResult") -> None:
-    console = Console(highlight=False)
-    console.print(_table(result.metrics))
-    print()
-    for name, path in result.paths.items():
-        print(f"{name:12} {_from_here(path)}")
-    if result.mlflow_run_id is not None:
-        uri = api.load_config(str(result.paths["config"])).tracking.uri
-        _print_how_to_open("run", uri, result.mlflow_run_id)
-
-
-def _print_how_to_open(what: str, uri: str, run_id: str) -> None:
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    print(f"\nThe {what} in MLflow:")
-    if server != uri.rstrip("/"):
-        print(f"  {_program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
-    print(f"  {server}/#/runs/{run_id}")
-
-
-def _from_here(path: "Location") -> str:
-    if not isinstance(path, Path):
-        return str(path)
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _program(name: str) -> str:
-    """How to call a program that was installed with aceray, whether or not its environment is activated."""
-    return name if which(name) else shlex.quote(_from_here(Path(sys.executable).parent / name))
-
-
-def _table(metrics: Mapping[str, float]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
-    beside = any(key.startswith("oracle/") for key in metrics)
-    if beside:
-        table.add_row("", "this run", "", "oracle")
-    for label, key, form, also, also_form in ROWS:
-        if (value := metrics.get(key)) is not None:
-            other, best = metrics.get(also), metrics.get(f"oracle/{key}")
-            cells = (form.format(value), "" if other is None else also_form.format(other))
-            table.add_row(label, *cells, "" if best is None else form.format(best))
-    for label, prefix in (("FSC, last five shells", ""), ("FSC, last five, oracle", "oracle/")):
-        if shells := _last_shells(metrics, prefix):
-            table.add_row(label, shells)
-    seconds = metrics.get("train/wall_seconds")
-    if seconds is not None:
-        table.add_row("wall time", f"{int(seconds) // 60} min {int(seconds) % 60} s", "")
-    return table
-
-
-def _last_shells(metrics: Mapping[str, float], prefix: str) -> str:
-    values = [metrics.get(f"{prefix}fsc/nyquist_minus_{below}") for below in (4, 3, 2, 1, 0)]
-    return " ".join(f"{value:.2f}".replace("0.", ".", 1) for value in values if value is not None)
-
-
-ROWS = [
-    ("resolution, FSC 0.5", "fsc/resolution_px_0.5", "{:.2f} px", "fsc/resolution_angstrom_0.5", "{:.1f} A"),
-    ("resolution, FSC 0.143", "fsc/resolution_px_0.143", "{:.2f} px", "fsc/resolution_angstrom_0.143", "{:.1f} A"),
-    (
-        "resolution, half maps at 0.143",
-        "fsc/half_map_resolution_px_0.143",
-        "{:.2f} px",
-        "fsc/half_map_resolution_angstrom_0.143",
-        "{:.1f} A",
-    ),
-    ("rotation error, mean (of 8)", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
-    (
-        "rotation error, median (of 8)",
-        "pose/rotation_sqfrob_median",
-        "{:.4f}",
-        "pose/rotation_deg_median",
-        "{:.1f} deg",
-    ),
-    ("  mean, best of 30", "pose/rotation_sqfrob_mean_best_of_30", "{:.4f}", "", ""),
-    ("  median, best of 30", "pose/rotation_sqfrob_median_best_of_30", "{:.4f}", "", ""),
-    ("shift error, mean square", "pose/shift_sq_px_mean", "{:.3f} px2", "pose/shift_sq_angstrom_mean", "{:.1f} A2"),
-    ("coverage of view directions", "pose/coverage", "{:.3f}", "", ""),
-    ("particles/s", "train/particles_per_second", "{:,.0f}", "", ""),
-]

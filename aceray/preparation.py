@@ -4,8 +4,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from aceray.config import Model
 from aceray.errors import ConfigError
+from aceray.schema import Model
 
 
 class InputParts(Model):

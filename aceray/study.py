@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from aceray.config import Config, Model
+from aceray.config import Config
 from aceray.criteria import CRITERIA
 from aceray.errors import ConfigError
 from aceray.presets import load_config, read_preset, settings, suggestion, with_overrides
+from aceray.schema import Model
 
 Point = dict[str, Any]
 """What a trial was given: the value of every dimension of the space that applies to it; for presets their label."""

@@ -8,8 +8,9 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from aceray.config import Config, SirenDecoder
+from aceray.config import Config
 from aceray.data.atoms import density, read_atoms
+from aceray.networks import SirenDecoder
 from aceray.presets import STUDIES, flat, load_config, preset_names, settings
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -1,5 +1,6 @@
 """Volumes as MRC files: axes z, y, x; float32; one pixel size."""
 
+from pathlib import Path
 from typing import Any
 
 import mrcfile
