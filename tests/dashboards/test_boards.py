@@ -180,7 +180,7 @@ def test_promtool_accepts_the_configuration_and_the_alerts_fire_where_they_shoul
 @needs_promtool
 @pytest.mark.parametrize("name", ALERTS)
 def test_the_test_of_an_alert_notices_one_that_never_fires(name: str, tmp_path) -> None:
-    for file in PROMETHEUS.iterdir():
+    for file in PROMETHEUS.glob("*.yml"):
         (tmp_path / file.name).write_text(file.read_text())
     whole = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())
     for rule in whole["groups"][0]["rules"]:
