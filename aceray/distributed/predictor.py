@@ -8,7 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from aceray.build import build_trainer, final_box, lane_count, refinement_rounds, row_groups_of_lanes, training_box
+from aceray.build import (
+    build_trainer,
+    final_box,
+    lane_count,
+    last_step,
+    refinement_rounds,
+    row_groups_of_lanes,
+    training_box,
+)
 from aceray.config import Config
 from aceray.data.mrc import read_volume
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
@@ -81,7 +89,7 @@ def can_refine(folder: RunFolder, config: Config) -> bool:
     steps = folder.checkpoint_steps()
     if config.refine is None or not steps or not all(file.exists() for file in (folder.volume, *folder.half_maps)):
         return False
-    return folder.read_checkpoint(steps[-1])[1].get("rounds", 0) == len(refinement_rounds(config, 2))
+    return folder.read_checkpoint(steps[-1])[1].get("rounds", 0) == last_step(config) - config.train.steps
 
 
 def box_of_images(config: Config, stored_box: int, refine: bool) -> int:

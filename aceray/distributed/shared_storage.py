@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,27 @@ def check_shared(folder: Path, setting: str, datasets: Iterable[Path] = ()) -> N
         ClusterError: a node does not see one of them, or does not answer; the message names the node.
         DataError: the token cannot be written.
     """
+    with token_in(folder) as token:
+        manifests = {path / MANIFEST_NAME: "data.path" for path in datasets if (path / MANIFEST_NAME).is_file()}
+        settings = {token: setting, **manifests}
+        _ask_nodes({str(file): sha256_of_file(file) for file in settings}, {str(k): v for k, v in settings.items()})
+
+
+@contextlib.contextmanager
+def token_in(folder: Path) -> Iterator[Path]:
+    """A file that only who sees this very folder can read.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     # the name of what a kill may leave behind, which the next run takes away
     token = folder / f".shared-{uuid.uuid4().hex}.partial"
     try:
         token.write_text(token.name)
-        manifests = {path / MANIFEST_NAME: "data.path" for path in datasets if (path / MANIFEST_NAME).is_file()}
-        settings = {token: setting, **manifests}
-        _ask_nodes({str(file): sha256_of_file(file) for file in settings}, {str(k): v for k, v in settings.items()})
     except OSError as error:
         raise storage_error(folder, error) from error
+    try:
+        yield token
     finally:
         with contextlib.suppress(OSError):
             token.unlink()

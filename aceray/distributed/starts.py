@@ -43,8 +43,8 @@ def train_starts(config: Config, existing: Existing = "error", on_event: OnEvent
 def study_of_starts(config: Config) -> Study:
     """The study whose trials are the starts of a run."""
     dumped = config.model_dump(mode="json")
-    # a lone worker would only wait for a place beside its trial
-    dumped["resources"]["workers"] *= dumped["resources"]["workers"] > 1
+    if config.resources.workers == 1:  # which would only wait for a place beside its trial
+        dumped["resources"]["workers"] = 0
     return Study(
         name=config.name + SUFFIX,
         studies=str(folder_of_starts(config).parent),

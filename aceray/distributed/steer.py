@@ -6,8 +6,7 @@ there what they mean here, so both must see the directory in which the command w
 
 import contextlib
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.queue import Queue
 
+from aceray.data.storage import sha256_of_file
 from aceray.distributed.cluster import connect
 from aceray.distributed.prepare import aceray_version
+from aceray.distributed.shared_storage import PATIENCE_SECONDS, token_in, unseen
 from aceray.distributed.study_data import OnSimulation
 from aceray.distributed.study_results import OnOracle
 from aceray.distributed.study_run import OnEvent, StudyResult, run_study
@@ -41,6 +42,7 @@ def steer_study(
 
     Raises:
         ClusterError: the cluster does not answer, has no aceray or another one, or does not see this directory.
+        DataError: this directory cannot be written.
         AcerayError: what the study raised there.
     """
     callbacks = {"on_event": on_event, "on_simulation": on_simulation, "on_oracle": on_oracle}
@@ -95,9 +97,9 @@ def _end(running: Any) -> None:
 
 
 def _check_same_place(address: str, directory: Path) -> None:
-    with _token(directory) as token:
+    with token_in(directory) as token:
         try:
-            version, seen = ray.get(_task(_look).remote(str(token)))
+            version, missing = ray.get(_task(_look).remote({str(token): sha256_of_file(token)}))
         except RayError as error:
             raise ClusterError(
                 f"{address}: aceray does not start there ({_first_line(error)}); install aceray {aceray_version()} on "
@@ -107,7 +109,7 @@ def _check_same_place(address: str, directory: Path) -> None:
         raise ClusterError(
             f"{address}: aceray {version} runs there, {aceray_version()} here; install the same on both sides"
         )
-    if not seen:
+    if missing:
         raise ClusterError(
             f"{address}: the cluster does not see {directory}; start from a directory that it shares with this "
             "machine, or on the cluster itself: ray job submit --address http://HEAD:8265 -- aceray tune STUDY "
@@ -115,24 +117,8 @@ def _check_same_place(address: str, directory: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _token(directory: Path) -> Iterator[Path]:
-    """A file that only who sees this very directory can see."""
-    token = directory / f".aceray-{uuid.uuid4().hex}"
-    try:
-        token.touch()
-    except OSError as error:
-        raise ClusterError(
-            f"{directory}: cannot be written ({error.strerror}); start from another directory"
-        ) from error
-    try:
-        yield token
-    finally:
-        token.unlink(missing_ok=True)
-
-
-def _look(token: str) -> tuple[str, bool]:
-    return aceray_version(), Path(token).exists()
+def _look(digests: dict[str, str]) -> tuple[str, list[str]]:
+    return aceray_version(), unseen(digests, PATIENCE_SECONDS)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,12 +25,8 @@ SECONDS_TO_FINISH = 60.0
 SECONDS_WHEN_INTERRUPTED = 4.0
 
 
-class Tracker:
-    """Tracking that is off; the parent of the one that is on, so that a run need not know which it has."""
-
-    status_before: str = "FINISHED"
-    status_at_end: str = "FINISHED"
-    last_step: int = 0
+class Untracked:
+    """What a run or a study of which nothing is tracked says of itself; those that are tracked say more."""
 
     @property
     def run_id(self) -> str | None:
@@ -41,6 +37,14 @@ class Tracker:
     def backlog(self) -> int | None:
         """How many records (a step, a set of files, a change of status) MLflow has not taken yet; None: not tracked."""
         return None
+
+
+class Tracker(Untracked):
+    """Tracking that is off; the parent of the one that is on, so that a run need not know which it has."""
+
+    status_before: str = "FINISHED"
+    status_at_end: str = "FINISHED"
+    last_step: int = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step."""

@@ -16,6 +16,7 @@ from aceray.presets import flat, load_config
 from aceray.tracking.journal import Journal
 from aceray.tracking.run import (
     JournalTracker,
+    Untracked,
     finish,
     presets_tag,
     send_history,
@@ -36,20 +37,10 @@ STATUS = {
 }
 
 
-class StudyTracker:
-    """Tracking of a study that is off; the parent of the one that is on."""
+class StudyTracker(Untracked):
+    """Tracking of a study that is off; the parent of the one that is on. `run_id` is that of the parent run."""
 
     uri: str | None = None
-
-    @property
-    def run_id(self) -> str | None:
-        """Id of the parent run, as soon as it is known."""
-        return None
-
-    @property
-    def backlog(self) -> int | None:
-        """How many records MLflow has not taken yet; None: not tracked."""
-        return None
 
     def follow(self, trial: Path) -> None:
         """Record what is new in the folder of a trial."""

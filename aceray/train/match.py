@@ -88,10 +88,7 @@ class Matcher:
         for rows, images in level.chunks():
             start = Matches(before.rotation[rows], before.shift_px[rows] * scale, before.energy[rows])
             found = refine_poses(each.reference, images.at(each.reference.index), start, each.plan.steps)
-            lost = self._lost(each, found).nonzero()[:, 0]
-            if len(lost):
-                better = each.search.find(images.take(lost), start.shift_px[lost])
-                found = found.replaced(lost, found.take(lost).or_better(better))
+            found = each.search.improved(images, found, start.shift_px, self._lost(each, found))
             parts.append(Matches(found.rotation, found.shift_px / scale, found.energy / each.energy_unit))
         return Matches.concatenate(parts)
 

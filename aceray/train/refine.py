@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
@@ -217,10 +217,7 @@ class Refiner:
         reconstruction, parts = Reconstruction(level.disc), []
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
-            found = before
-            for number, matcher in enumerate(matchers):
-                mine = rows - rows[0] if len(matchers) == 1 else (self._half[rows] == number).nonzero()[:, 0]
-                found = found.replaced(mine, matcher.improved(images.take(mine), before.take(mine)))
+            found = _improved(matchers, images, before, self._half[rows])
             reconstruction.insert(images, found, self._half[rows])
             parts.append(found)
         found = Matches.concatenate(parts)
@@ -321,11 +318,20 @@ class _Matcher:
     def improved(self, images: Images, before: Matches) -> Matches:
         """The better of what lies near the present pose and of what the search finds."""
         found = refine_poses(self.reference, images.at(self.reference.index), before, self._steps)
-        lost = (before.energy >= self._least).nonzero()[:, 0]
-        if self._search is None or not len(lost):
+        if self._search is None:
             return found
-        better = found.take(lost).or_better(self._search.find(images.take(lost), before.shift_px[lost]))
-        return found.replaced(lost, better)
+        return self._search.improved(images, found, before.shift_px, before.energy >= self._least)
+
+
+def _improved(matchers: list[_Matcher], images: Images, before: Matches, half: Int[Tensor, " b"]) -> Matches:
+    """By the one matcher, or either half of the images by its own."""
+    if len(matchers) == 1:
+        return matchers[0].improved(images, before)
+    found = before
+    for number, matcher in enumerate(matchers):
+        mine = (half == number).nonzero()[:, 0]
+        found = found.replaced(mine, matcher.improved(images.take(mine), before.take(mine)))
+    return found
 
 
 class Search:
@@ -338,7 +344,17 @@ class Search:
         reach = 0.0 if reference.shift_penalty is None else 1.5 * step
         self._offsets = shift_grid(reach, step).to(reference.frequency)
 
-    def find(self, images: Images, centre_px: Float[Tensor, "b 2"]) -> Matches:
+    def improved(
+        self, images: Images, found: Matches, centre_px: Float[Tensor, "b 2"], lost: Bool[Tensor, " b"]
+    ) -> Matches:
+        """The poses found, those of lost images exchanged for what the search finds where that explains them better."""
+        rows = lost.nonzero()[:, 0]
+        if not len(rows):
+            return found
+        better = self._find(images.take(rows), centre_px[rows])
+        return found.replaced(rows, found.take(rows).or_better(better))
+
+    def _find(self, images: Images, centre_px: Float[Tensor, "b 2"]) -> Matches:
         return Matches.concatenate(list(find_poses(self._reference, self._bank, images, centre_px, self._offsets)))
 
 
