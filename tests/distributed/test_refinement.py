@@ -207,16 +207,17 @@ def rotations(path: Path, order: str) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_errors_of_new_particles_are_those_of_the_runs_own(tmp_path: Path) -> None:
+def test_errors_of_new_particles_are_no_larger_than_those_of_the_runs_own(tmp_path: Path) -> None:
     for name, seed in (("own", 1), ("new", 2)):
         write_particles(tmp_path / name, seed, truth=True)
     few = [word for word in QUICK if not word.startswith(("train.steps", "refine", "encoder.width"))]
     paths = f"data.path={tmp_path / 'own'}", f"runs={tmp_path / 'runs'}"
-    config = load_config(*paths, *few, "train.steps=300", "refine.search_rounds=3", "refine.polish_rounds=1")
+    config = load_config(*paths, *few, "train.steps=600", "refine.search_rounds=3", "refine.polish_rounds=1")
     folder = RunFolder(run(config).folder)
     found = aceray.predict(folder.path, tmp_path / "new", tmp_path / "out")
     own = errors(rotations(folder.poses, "particle_id"), tmp_path / "own")
     new = errors(rotations(found.paths["poses.parquet"], "stack_index"), tmp_path / "new")
     assert float(own.median()) < 0.02
-    assert float(new.median()) == pytest.approx(float(own.median()), rel=0.15)
-    assert float((new > 0.5).double().mean()) == pytest.approx(float((own > 0.5).double().mean()), abs=0.02)
+    # a run's own particles have their noise in the map: new ones may do better
+    assert float(new.median()) < 1.15 * float(own.median())
+    assert float((new > 0.5).double().mean()) < float((own > 0.5).double().mean()) + 0.02
