@@ -12,8 +12,8 @@ from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_
 from aceray.metrics.fsc import fourier_shell_correlation, fsc_area, half_ball
 from aceray.train.energy import Images, Matches
 from aceray.train.predict import Particles
-from aceray.train.reconstruct import Reconstruction, damped
-from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Round
+from aceray.train.reconstruct import Reconstruction, damped, joined
+from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Round, _improved, _Matcher
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, projections
 
 DISC = HalfDisc(BOX)
@@ -182,6 +182,34 @@ def test_halves_share_no_image_and_their_correlation_filters_the_map() -> None:
     assert float(maps.half_fsc[1:3].min()) > 0.5 and float(maps.half_fsc[-2:].max()) < 0.5
     strength = damped(maps.joint, torch.ones(BOX // 2 + 1), ball)
     assert_close(strength, maps.joint, rtol=1e-3, atol=1e-5)
+
+
+def test_a_half_is_joined_to_the_other_in_its_first_shells_alone() -> None:
+    half, joint = (torch.randn(BOX, BOX, BOX, generator=named_generator("tests/joined", n)) for n in range(2))
+    ball = half_ball(BOX)
+    found, low = ball.gather(joined(half, joint)), ball.shell <= 4
+    inside = ball.shell < BOX // 2  # the Nyquist planes are not their own partners
+    assert_close(found[low], ball.gather(joint)[low])
+    assert_close(found[~low & inside], ball.gather(half)[~low & inside])
+
+
+class _Stamp(_Matcher):
+    """Gives every image one energy."""
+
+    def __init__(self, energy: float) -> None:
+        self.energy = energy
+
+    def improved(self, images: Images, before: Matches) -> Matches:
+        assert len(images) == len(before.energy)
+        return replace(before, energy=torch.full_like(before.energy, self.energy))
+
+
+def test_images_are_compared_with_the_map_of_their_own_half() -> None:
+    particles, rotation, shift = particles_and_poses(6)
+    images, before = Images(particles.coefficients, None), Matches(rotation, shift, torch.zeros(6))
+    half = torch.tensor([0, 1, 1, 0, 1, 0])
+    assert _improved([_Stamp(7.0), _Stamp(9.0)], images, before, half).energy.tolist() == [7, 9, 9, 7, 9, 7]
+    assert _improved([_Stamp(3.0)], images, before, half).energy.tolist() == [3] * 6
 
 
 def noise_particles(count: int) -> Particles:
