@@ -19,7 +19,8 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import exclusive, storage_error, written_atomically
 from aceray.distributed.monitor import StudyMonitor
-from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
+from aceray.distributed.notice import ended_by_sigterm
+from aceray.distributed.run import ReadStack, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
 from aceray.distributed.study_results import OnOracle, read_entries, write_study_results
 from aceray.distributed.trial import (

@@ -7,12 +7,13 @@ cluster belongs to it, so that killing it ends the run and nothing is left behin
 import contextlib
 import dataclasses
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -24,6 +25,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from aceray.config import Config
 from aceray.data.location import Location
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.distributed import notice
 from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
 from aceray.distributed.monitor import DeviceMonitor
@@ -34,8 +36,10 @@ from aceray.folder import RunFolder
 from aceray.train.loop import Progress
 
 ATTEMPTS = 3
-# Workers average their losses every so many steps: a message costs more than a step's worth of waiting.
+# Workers average their losses every so many steps, or seconds where steps are slow: a message costs more than a step's
+# worth of waiting.
 STEPS_BETWEEN_AVERAGES = 10
+SECONDS_BETWEEN_AVERAGES = 1.0
 SECONDS_BETWEEN_POSTS = 0.25
 ENVIRONMENT = {
     # How often Ray Train looks at its workers; also the longest wait at the end of a run.
@@ -44,6 +48,10 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
+Told = Literal["", "driver", "worker"]
+"""Who was told to end: nobody, the driver, by which the run ends, or a worker, whose successor goes on with it."""
+_heard: list[Told] = []  # in a worker's process
+_ADVICE_TO_RESUME = "the workers were told to end and have kept a checkpoint; resume from it (--existing resume)"
 ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Generator[Progress, None, Share]]
 
 
@@ -59,6 +67,14 @@ class Task:
     work: ShareOfRun
 
 
+class EndedError(ClusterError):
+    """The driver was told to end, and so the workers have ended, with a checkpoint of their last step."""
+
+
+class WorkerEndedError(ClusterError):
+    """The same of one worker; Ray Train starts another in its place."""
+
+
 class Supervisor:
     """Runs the trainer; collects what workers post until the driver takes it."""
 
@@ -67,6 +83,7 @@ class Supervisor:
         self._shares: dict[int, Share] = {}
         self._group: PlacementGroup | None = None
         self._starts = 0
+        self._told: Told = ""
 
     def hold(self, group: PlacementGroup) -> None:
         """Called by rank 0 at its start: what the cluster has set aside for the workers."""
@@ -77,10 +94,15 @@ class Supervisor:
         """Called by the driver at the end of a run: what it must give back."""
         return self._group
 
-    def post(self, events: list[Progress]) -> None:
-        """Called by rank 0: steps that are done."""
+    def end(self) -> None:
+        """Called by the driver when it is told to end: the workers shall keep a checkpoint and end."""
+        self._told = "driver"
+
+    def post(self, events: list[Progress]) -> Told:
+        """Called by rank 0: steps that are done; whether there shall be more."""
         restarts = {"restarts": self._starts - 1.0}
         self._events.extend(dataclasses.replace(event, details=event.details | restarts) for event in events)
+        return self._told
 
     def take(self) -> list[Progress]:
         """Called by the driver: the steps posted since the last call, in order."""
@@ -130,7 +152,8 @@ class StopOnKnownError(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller, which gives up when this raises."""
         for error in worker_exceptions.values():
-            if (known := known_error(error)) is not None:
+            known = known_error(error)
+            if known is not None and not isinstance(known, WorkerEndedError):
                 raise known
 
 
@@ -154,18 +177,30 @@ def train_on_ray(
         # Several calls at once: workers post while the trainer runs.
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": ENVIRONMENT}}
         supervisor: Any = ray.remote(Supervisor).options(**options).remote()
-        running = supervisor.fit.remote(task, resources)
         try:
-            done: list[Any] = []
-            while not done:
-                done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
-                yield from ray.get(supervisor.take.remote())
-            return ray.get(running)
+            return (yield from _followed(supervisor, supervisor.fit.remote(task, resources)))
         except RayError as error:
-            raise _told(error, folder) from error
+            raise _explained(error, folder) from error
         finally:
             _stop(supervisor)
             shutil.rmtree(folder.scratch, ignore_errors=True)
+
+
+def _followed(supervisor: Any, running: Any) -> Generator[Progress, None, list[Share]]:
+    """What the workers post until they are done; a notice that the driver is given is handed on to them."""
+    done: list[Any] = []
+    events: list[Progress] = []
+    while not done and not events:  # before the first step there is nothing to keep
+        done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
+        events = ray.get(supervisor.take.remote())
+    with notice.heeded():
+        yield from events
+        while not done:
+            if notice.given():
+                supervisor.end.remote()
+            done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
+            yield from ray.get(supervisor.take.remote())
+    return ray.get(running)
 
 
 def _stop(supervisor: Any) -> None:
@@ -194,11 +229,11 @@ def known_error(error: BaseException | None) -> AcerayError | None:
     return None
 
 
-def _told(error: RayError, folder: RunFolder) -> BaseException:
+def _explained(error: RayError, folder: RunFolder) -> BaseException:
     """What the user should see of an error that ended the run on the cluster; our own bugs keep their traceback."""
     known = known_error(error)
     if known is not None:
-        return known
+        return KeyboardInterrupt(str(known)) if isinstance(known, EndedError) else known
     cause = getattr(error, "cause", error)
     failures = [*getattr(cause, "worker_failures", {}).values(), getattr(cause, "controller_failure", None), cause]
     kinds = ("WorkerHealthCheckFailedError", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
@@ -229,15 +264,28 @@ def _work(settings: dict[str, Any]) -> None:
     stack = collect(particles)
     opened = open_particles(task.particles, task.config.data.half_set)
     progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
-    with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
-        monitor.wake()
-        share = _post(_averaged(progress, place), supervisor, place)
+    ray.get_runtime_context().current_actor.__ray_call__.remote(_hear_sigterm)
+    try:
+        with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
+            monitor.wake()
+            share = _post(_averaged(progress, place), supervisor, place)
+    except KeyboardInterrupt as end:
+        raise (EndedError if "driver" in _heard else WorkerEndedError)(_ADVICE_TO_RESUME) from end
     ray.get(supervisor.deliver.remote(place.rank, share))
 
 
+def _hear_sigterm(actor: object) -> None:
+    """Called in the main thread of a worker, which alone gets signals; Ray's own handler would end it at once."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _heard.append("worker"))
+
+
 def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Generator[list[Progress], None, Share]:
-    """Portions of steps with losses and metrics averaged over the workers, which all come here at the same steps."""
+    """Portions of steps with losses and metrics averaged over the workers, which all come here at the same steps.
+
+    There they also agree on whether they were told to end.
+    """
     waiting: list[Progress] = []
+    portion = 1
     while True:
         try:
             # poses and a volume would make messages of megabytes
@@ -245,8 +293,16 @@ def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Gener
         except StopIteration as end:
             return end.value
         last = waiting[-1]
-        if place.workers == 1 or last.step % STEPS_BETWEEN_AVERAGES == 0 or last.checkpoint_due:
-            yield [_average(list(same)) for same in zip(*place.gather(waiting), strict=True)]
+        if place.workers == 1 or last.step % portion == 0 or last.checkpoint_due:
+            gathered = place.gather((waiting, list(_heard)))
+            averaged = [_average(list(same)) for same in zip(*(steps for steps, _ in gathered), strict=True)]
+            if any(heard for _, heard in gathered):
+                _heard.extend(told for _, heard in gathered for told in heard)
+                notice.give()
+            # alike on all workers
+            step_seconds = averaged[-1].details.get("step_seconds", 0.0) + 1e-9
+            portion = max(1, min(STEPS_BETWEEN_AVERAGES, int(SECONDS_BETWEEN_AVERAGES / step_seconds)))
+            yield averaged
             waiting = []
 
 
@@ -284,6 +340,6 @@ def _post(portions: Generator[list[Progress], None, Share], supervisor: Any, pla
 
 
 def _send(events: list[Progress], supervisor: Any, place: Place) -> None:
-    if place.rank == 0 and events:
-        # Waiting for the answer, about a millisecond, keeps the order and notices a supervisor that is gone.
-        ray.get(supervisor.post.remote(events))
+    # Waiting for the answer, about a millisecond, keeps the order and notices a supervisor that is gone.
+    if place.rank == 0 and events and (told := ray.get(supervisor.post.remote(events))):
+        _heard.append(told)

@@ -50,3 +50,24 @@ def diverging_on_the_second_worker(
             raise NonFiniteLoss("training step 23: loss_pip is nan; nothing was updated in this step.")
         yield event
     raise AssertionError("the other worker should have stopped this one")
+
+
+def told_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker is sent SIGTERM when it has done a step; each start leaves a mark with its first step."""
+    progress = train_share(config, folder, particles, stack, place)
+    first = True
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        if first:
+            (folder.path / f"begun-{place.rank}-{event.step}").touch()
+        first = False
+        yield event
+        mark = folder.path / "told"
+        if place.rank == 1 and event.step == STEP and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
