@@ -22,7 +22,7 @@ from aceray.distributed.ingest import read_here
 from aceray.distributed.monitor import RunMonitor
 from aceray.distributed.notice import ended_by_sigterm
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
-from aceray.distributed.share import Place, Share, predict_share, train_share
+from aceray.distributed.share import Place, Share, predict_share, train_share, within_memory
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import (
     Existing,
@@ -96,7 +96,7 @@ def _in_folder(
 ) -> Generator[Progress, None, RunResult]:
     try:
         _check_data(folder, particles)
-        with track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
+        with within_memory(), track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             folder.cut_history(_newest_whole(folder))
             with _timed(folder), contextlib.closing(_train(config, folder, particles, groups, stack)) as progress:
                 shares = yield from follow(progress, folder, tracker)
@@ -210,7 +210,7 @@ def _evaluate(
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     stored, device = particles.manifest.box, device_of(config)
-    with ended_by_sigterm(), threads(config), exclusive(folder.path):
+    with ended_by_sigterm(), threads(config), exclusive(folder.path), within_memory():
         largest = read_here(particles, particles.row_groups(), final_box(config, stored))
         beside = score_oracle(particles, largest, device)
         box = training_box(config, stored)

@@ -1,7 +1,8 @@
 """One worker's share of a run: train on its particles, keep checkpoints, predict its poses. Knows no Ray."""
 
+import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.distributed import notice
 from aceray.distributed.ingest import read_here
+from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.metrics.fsc import resolution_angstrom
 from aceray.train.evaluate import HALF_MAP_THRESHOLD
@@ -70,6 +72,23 @@ class Share:
     volume: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
     halves: tuple[Tensor, Tensor] | None = None
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """ClusterError, one line, for memory that the system or the GPU does not give; other errors as they are."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        where = "the GPU" if on_gpu else "this machine"
+        said = " ".join(str(error).split())[-160:]
+        raise ClusterError(
+            f"the memory of {where} is used up ({said}); lower train.batch or data.box, or take more machines "
+            "(resources.workers), then resume"
+        ) from error
 
 
 def train_share(

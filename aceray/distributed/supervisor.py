@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,15 @@ from typing import Any, Literal
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
-from ray.train.torch import TorchTrainer, get_device
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
@@ -29,7 +36,7 @@ from aceray.distributed import notice
 from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
 from aceray.distributed.monitor import DeviceMonitor
-from aceray.distributed.share import Place, Share
+from aceray.distributed.share import Place, Share, within_memory
 from aceray.distributed.shared_storage import check_shared
 from aceray.errors import AcerayError, ClusterError
 from aceray.folder import RunFolder
@@ -41,9 +48,15 @@ ATTEMPTS = 3
 STEPS_BETWEEN_AVERAGES = 10
 SECONDS_BETWEEN_AVERAGES = 1.0
 SECONDS_BETWEEN_POSTS = 0.25
+# How long the supervisor may not answer the driver; how long workers wait for one of them that is alive but does not
+# compute, or still reads its particles.
+SECONDS_TO_ANSWER = 60.0
+SECONDS_TO_MEET = 900
 ENVIRONMENT = {
     # How often Ray Train looks at its workers; also the longest wait at the end of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # How long a worker's process may not answer before it is killed and another started; Ray's own is ten minutes.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     # Workers keep their working directory: relative paths mean what they meant to the driver.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
@@ -52,6 +65,13 @@ Told = Literal["", "driver", "worker"]
 """Who was told to end: nobody, the driver, by which the run ends, or a worker, whose successor goes on with it."""
 _heard: list[Told] = []  # in a worker's process
 _ADVICE_TO_RESUME = "the workers were told to end and have kept a checkpoint; resume from it (--existing resume)"
+_LIMITS = {
+    OutOfMemoryError: "the memory of a node is used up: use fewer workers or trials a node, lower train.batch or "
+    "data.box, or end what else runs there; then resume",
+    ObjectStoreFullError: "Ray's shared memory is full: lower data.box, or start Ray with a larger object store",
+    OutOfDiskError: "Ray moves to disk what its shared memory cannot hold, and that disk is full: free some space in "
+    "its folder (RAY_TMPDIR, /tmp/ray), or start Ray with a larger object store",
+}
 ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Generator[Progress, None, Share]]
 
 
@@ -129,6 +149,7 @@ class Supervisor:
                 for rank, groups in enumerate(task.groups)
             },
             # Not split: a worker executes its own data set and no other.
+            torch_config=TorchConfig(timeout_s=SECONDS_TO_MEET),
             dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
@@ -152,7 +173,7 @@ class StopOnKnownError(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller, which gives up when this raises."""
         for error in worker_exceptions.values():
-            known = known_error(error)
+            known = _own_error(error)
             if known is not None and not isinstance(known, WorkerEndedError):
                 raise known
 
@@ -192,14 +213,14 @@ def _followed(supervisor: Any, running: Any) -> Generator[Progress, None, list[S
     events: list[Progress] = []
     while not done and not events:  # before the first step there is nothing to keep
         done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
-        events = ray.get(supervisor.take.remote())
+        events = ray.get(supervisor.take.remote(), timeout=SECONDS_TO_ANSWER)
     with notice.heeded():
         yield from events
         while not done:
             if notice.given():
                 supervisor.end.remote()
             done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
-            yield from ray.get(supervisor.take.remote())
+            yield from ray.get(supervisor.take.remote(), timeout=SECONDS_TO_ANSWER)
     return ray.get(running)
 
 
@@ -214,19 +235,35 @@ def _stop(supervisor: Any) -> None:
 
 
 def known_error(error: BaseException | None) -> AcerayError | None:
-    """The AcerayError inside the wrappers in which Ray brings it from another process, or None."""
+    """What the user can act on inside the wrappers in which Ray brings an error from another process, or None."""
+    return _own_error(error) or _limit_error(error)
+
+
+def _own_error(error: BaseException | None) -> AcerayError | None:
+    # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
+    own = (each for each in _unwrapped(error) if isinstance(each, AcerayError) and not isinstance(each, RayError))
+    return next(own, None)
+
+
+def _limit_error(error: BaseException | None) -> ClusterError | None:
+    for found in _unwrapped(error):
+        for kind, advice in _LIMITS.items():
+            if isinstance(found, kind) and not isinstance(found, RayTaskError):
+                return ClusterError(f"{' '.join(str(found).split())[:160]} …; {advice}")
+    return None
+
+
+def _unwrapped(error: BaseException | None) -> Iterator[BaseException]:
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop()
         if not isinstance(error, BaseException) or id(error) in seen:
             continue
         seen.add(id(error))
-        # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
-        if isinstance(error, AcerayError) and not isinstance(error, RayError):
-            return error
+        yield error
         waiting += [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
-        waiting += [getattr(error, "_base_exc", None), *getattr(error, "worker_failures", {}).values()]
-    return None
+        waiting += [getattr(error, "_base_exc", None), getattr(error, "health_check_failure", None)]
+        waiting += getattr(error, "worker_failures", {}).values()
 
 
 def _explained(error: RayError, folder: RunFolder) -> BaseException:
@@ -234,17 +271,22 @@ def _explained(error: RayError, folder: RunFolder) -> BaseException:
     known = known_error(error)
     if known is not None:
         return KeyboardInterrupt(str(known)) if isinstance(known, EndedError) else known
+    steps = folder.checkpoint_steps()
+    resume = f"then resume from step {steps[-1] if steps else 0} (--existing resume)"
+    if isinstance(error, GetTimeoutError):
+        return ClusterError(
+            f"the run's supervisor did not answer within {SECONDS_TO_ANSWER:.0f} s; look at the cluster, {resume}"
+        )
     cause = getattr(error, "cause", error)
     failures = [*getattr(cause, "worker_failures", {}).values(), getattr(cause, "controller_failure", None), cause]
-    kinds = ("WorkerHealthCheckFailedError", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
+    kinds = ("WorkerHealthCheck", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
     lost = [failure for failure in failures if type(failure).__name__.startswith(kinds)]
     if not lost:
         return error
     reason = " ".join(str(lost[0]).split())[:200]
-    steps = folder.checkpoint_steps()
     return ClusterError(
         f"workers were lost or did not start, {ATTEMPTS} times in all ({reason}); look at the memory and the logs of "
-        f"their nodes, then resume from step {steps[-1] if steps else 0} (--existing resume)"
+        f"their nodes, {resume}"
     )
 
 
@@ -261,12 +303,12 @@ def _work(settings: dict[str, Any]) -> None:
         supervisor.hold.remote(get_current_placement_group())
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
     particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
-    stack = collect(particles)
-    opened = open_particles(task.particles, task.config.data.half_set)
-    progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
     ray.get_runtime_context().current_actor.__ray_call__.remote(_hear_sigterm)
     try:
-        with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
+        with within_memory(), contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
+            stack = collect(particles)
+            opened = open_particles(task.particles, task.config.data.half_set)
+            progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
             monitor.wake()
             share = _post(_averaged(progress, place), supervisor, place)
     except KeyboardInterrupt as end:

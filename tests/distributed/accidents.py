@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Generator
 
 from aceray.config import Config
@@ -71,3 +72,42 @@ def told_once(
         if place.rank == 1 and event.step == STEP and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hungry(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The worker takes memory until somebody stops it."""
+    yield next(train_share(config, folder, particles, stack, place))
+    taken = []
+    while True:
+        taken.append(bytearray(b"1") * 2**26)
+        time.sleep(0.05)
+
+
+def stopped_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker answers nothing any more, as on a node that hangs; its successor is left alone."""
+    progress = train_share(config, folder, particles, stack, place)
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        yield event
+        mark = folder.path / "stopped"
+        if place.rank == 1 and event.step == STEP and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stopped_always(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """Every second worker does."""
+    yield next(train_share(config, folder, particles, stack, place))
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    yield from train_share(config, folder, particles, stack, place)
+    raise AssertionError

@@ -67,6 +67,8 @@ CASES = {
     "export": ("aceray.distributed.export:_write_poses", "export {run} --out {out}", "repeat the command"),
     "tune: here": ("aceray.distributed.study_run:run_trial", "tune {study} --address none", "--resume"),
     "tune: ray": ("aceray.display:StudyDisplay.happened", "tune {study}", "--resume"),
+    "compare": ("aceray.distributed.study_results:write_tables", "compare {compared}", "repeat the command"),
+    "sync": ("aceray.tracking.store:Store.apply", "sync {kept_back}", "repeat the command"),
     "train: ray": (STEP, "train {settings} resources.workers=1 train.steps=99999", "resume"),
 }  # fmt: skip
 
