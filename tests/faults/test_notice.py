@@ -41,13 +41,10 @@ def configure(tmp_path: Path, particles: Path) -> Configure:
     return lambda *overrides: load_config(f"data.path={particles}", f"runs={tmp_path / 'runs'}", *QUICK, *overrides)
 
 
-def told(config: Config, place: str, after: int) -> tuple[int, str, float]:
-    """Exit code, errors and seconds of a training that is sent SIGTERM when `place` was called so often."""
-    preset = Path(config.runs) / f"{config.name}.yaml"
-    preset.parent.mkdir(parents=True, exist_ok=True)
-    preset.write_text(json.dumps(config.model_dump(mode="json", exclude={"presets"})))
+def told(verb: list[str], place: str, after: int) -> tuple[int, str, float]:
+    """Exit code, errors and seconds of a program that is sent SIGTERM when `place` was called so often."""
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "tests.faults.driver", place, "train", "--existing", "resume", str(preset)],
+        [sys.executable, "-u", "-m", "tests.faults.driver", place, *verb],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -86,8 +83,11 @@ def assert_same(folder: RunFolder, steady: RunFolder) -> None:
 def ended_and_resumed(config: Config, place: str, after: tuple[int, ...]) -> list[int]:
     """Steps at which the training was ended, again and again, before it is run to its end."""
     folder, ends = RunFolder(Path(config.runs) / config.name), []
+    preset = Path(config.runs) / f"{config.name}.yaml"
+    preset.parent.mkdir(parents=True, exist_ok=True)
+    preset.write_text(json.dumps(config.model_dump(mode="json", exclude={"presets"})))
     for count in after:
-        code, err, took = told(config, place, count)
+        code, err, took = told(["train", "--existing", "resume", str(preset)], place, count)
         assert code == 130, err
         assert "interrupted; to go on from the last checkpoint: aceray train" in err and "Traceback" not in err
         assert took < SECONDS * crowded(), took
@@ -155,6 +155,24 @@ def test_a_notice_to_one_worker_keeps_the_step_and_another_goes_on(
     begun = sorted(int(mark.name.split("-")[2]) for mark in shaken.folder.glob("begun-0-*"))
     assert begun == [1, kept + 1]  # nothing was done again
     assert_same(RunFolder(shaken.folder), RunFolder(steady.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_notice_keeps_the_step_of_a_trial(tmp_path: Path, particles: Path) -> None:
+    """Of a study in this process."""
+    base = [*QUICK, *RARE, "train.steps=100000", "train.evaluate_every=5", f"data.path={particles}"]
+    objective = "objective: {metric: select/d4_consistency, mode: min}"
+    study = f"name: s\nstudies: {tmp_path}\nbase: {base}\nspace:\n  pip.weight: [0.0]\n{objective}\n"
+    (tmp_path / "s.yaml").write_text(study)
+    place = "aceray.display:StudyDisplay.happened"  # it runs, it has evaluated
+    code, err, took = told(["tune", str(tmp_path / "s.yaml"), "--address", "none"], place, 2)
+    assert code == 130 and "interrupted; to go on: aceray tune" in err and "Traceback" not in err
+    assert took < SECONDS * crowded(), took
+    (trial,) = (tmp_path / "s" / "trials").iterdir()
+    folder = RunFolder(trial)
+    assert folder.checkpoint_steps() == [folder.read_history()[-1]["step"]]
+    assert json.loads(folder.trial.read_text())["status"] == "interrupted"
 
 
 def test_a_notice_is_heeded_or_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
