@@ -77,7 +77,10 @@ ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Ge
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker needs to do its share; `work` is what it does with its particles."""
+    """What every worker needs to do its share; `work` is what it does with its particles.
+
+    `seconds_to_meet` is how long they wait for one of them.
+    """
 
     config: Config
     folder: Path
@@ -85,6 +88,7 @@ class Task:
     groups: list[list[RowGroup]]
     box: int
     work: ShareOfRun
+    seconds_to_meet: int
 
 
 class EndedError(ClusterError):
@@ -148,8 +152,8 @@ class Supervisor:
                 f"particles_{rank}": plan_reading(particles, groups, task.box, tasks_at_once)
                 for rank, groups in enumerate(task.groups)
             },
+            torch_config=TorchConfig(timeout_s=task.seconds_to_meet),
             # Not split: a worker executes its own data set and no other.
-            torch_config=TorchConfig(timeout_s=SECONDS_TO_MEET),
             dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
@@ -194,7 +198,7 @@ def train_on_ray(
         resources = reserve(config.resources)
         if config.resources.address is not None:
             check_shared(folder.path, "runs", [particles.path])
-        task = Task(config, folder.path, particles.path, groups, box, work)
+        task = Task(config, folder.path, particles.path, groups, box, work, SECONDS_TO_MEET)
         # Several calls at once: workers post while the trainer runs.
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": ENVIRONMENT}}
         supervisor: Any = ray.remote(Supervisor).options(**options).remote()
@@ -280,7 +284,8 @@ def _explained(error: RayError, folder: RunFolder) -> BaseException:
     cause = getattr(error, "cause", error)
     failures = [*getattr(cause, "worker_failures", {}).values(), getattr(cause, "controller_failure", None), cause]
     kinds = ("WorkerHealthCheck", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
-    lost = [failure for failure in failures if type(failure).__name__.startswith(kinds)]
+    # the last is what gloo says of a worker that does not come
+    lost = [each for each in failures if type(each).__name__.startswith(kinds) or "Timed out waiting" in str(each)]
     if not lost:
         return error
     reason = " ".join(str(lost[0]).split())[:200]

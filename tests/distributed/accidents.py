@@ -102,6 +102,17 @@ def stopped_once(
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def asleep_always(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker is alive, but does not compute any more, as when its storage hangs."""
+    yield next(train_share(config, folder, particles, stack, place))
+    if place.rank == 1:
+        time.sleep(3600)
+    yield from train_share(config, folder, particles, stack, place)
+    raise AssertionError
+
+
 def stopped_always(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:

@@ -80,6 +80,20 @@ def test_workers_that_always_hang_are_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_that_do_not_compute_are_one_line(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, own_ray: None
+) -> None:
+    """Their process answers Ray; it is the other worker that waits in vain."""
+    monkeypatch.setattr(supervisor, "SECONDS_TO_MEET", 10)
+    monkeypatch.setattr("aceray.distributed.run.train_share", accidents.asleep_always)
+    with pytest.raises(ClusterError, match=r"3 times in all \(.*then resume") as error:
+        run(configure("resources.workers=2"))
+    print(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_supervisor_that_hangs_is_one_line(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, own_ray: None
