@@ -177,6 +177,7 @@ def test_a_notice_keeps_the_step_of_a_trial(tmp_path: Path, particles: Path) -> 
 
 def test_a_notice_is_heeded_or_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notice, "SECONDS_TO_END", 0.5)
+    before = signal.getsignal(signal.SIGTERM)
     with notice.ended_by_sigterm():
         with pytest.raises(KeyboardInterrupt):  # nobody asks for it
             signal.raise_signal(signal.SIGTERM)
@@ -192,4 +193,4 @@ def test_a_notice_is_heeded_or_interrupts(monkeypatch: pytest.MonkeyPatch) -> No
                     sum(range(10_000))
             assert time.monotonic() < deadline
     assert not notice.given()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
