@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test acceptance bench lint clean
+.PHONY: help demo test acceptance bench lint audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make acceptance  the slow tests as well"
 	@echo "make bench       measure accuracy and speed, print the tables"
 	@echo "make lint        ruff, the layers, the types"
+	@echo "make audit       look up the tested versions in PyPI's database of known vulnerabilities"
 	@echo "make clean       remove .venv and caches; data/, runs/ and mlflow.db stay"
 
 # The stamp is written last, so that an interrupted installation starts again.
@@ -40,5 +41,12 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# In an environment of its own, so that what audits is not audited. Strict: a package that the database does not have, as
+# behind a mirror without it, is a failure and not a pass.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-audit .pytest_cache .ruff_cache .import_linter_cache

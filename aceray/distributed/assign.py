@@ -18,7 +18,7 @@ from aceray.data.particle_table import Findings
 from aceray.data.particles import ParticleStack, open_particles
 from aceray.data.source import SourceFiles, open_source
 from aceray.data.star import StarFile
-from aceray.distributed.export import own_folder
+from aceray.distributed.export import POSES, own_folder
 from aceray.distributed.predictor import Found, FromDataset, Method, Predictor, box_of_images, can_refine
 from aceray.distributed.run import device_of
 from aceray.em.ctf import CtfParameters
@@ -31,7 +31,6 @@ from aceray.train.predict import Poses
 
 _BYTES_AT_ONCE = 128 * 2**20  # images of one prediction
 _FIELD_TOLERANCE = 0.005
-_FILES = ("poses.star", "poses.cs", "poses.parquet")
 
 
 @dataclass(frozen=True)
@@ -112,19 +111,19 @@ def predict_poses(
     refine = refinable if settings.refine is None else settings.refine
     method = Method(refine, not refine if settings.eightfold is None else settings.eightfold)
     opened = _opened(source, manifest, box_of_images(config, manifest.box, method.refine))
-    target = own_folder(out, _FILES)
     portions = opened.portions()
     count = opened.particles.manifest.particles if isinstance(opened, FromDataset) else len(opened.plan.table)
     found: list[dict[str, torch.Tensor]] = []
-    started, done = time.perf_counter(), 0
-    for each in _predicted(folder.path, opened, portions, method, device_of(config), settings):
-        found.append(each.columns())
-        done += len(each.poses.particle_id)
-        if on_progress is not None:
-            on_progress(PredictionProgress(done, count))
-    rate = done / (time.perf_counter() - started)
-    columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    paths = _write(target, opened, columns, manifest)
+    with own_folder(out, POSES) as target:
+        started, done = time.perf_counter(), 0
+        for each in _predicted(folder.path, opened, portions, method, device_of(config), settings):
+            found.append(each.columns())
+            done += len(each.poses.particle_id)
+            if on_progress is not None:
+                on_progress(PredictionProgress(done, count))
+        rate = done / (time.perf_counter() - started)
+        columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        paths = _write(target, opened, columns, manifest)
     return Predicted({path.name: path for path in paths}, done, count - done, rate, _in_words(method))
 
 

@@ -1,6 +1,8 @@
 """The results of a run for other programs: volume, half maps, FSC table and poses of the original particles."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from aceray.config import Config
 from aceray.data.mrc import read_volume, write_volume
 from aceray.data.original import original_of, write_original_poses
 from aceray.data.particles import ParticleSet, open_particles
-from aceray.data.storage import storage_error, written_atomically
+from aceray.data.storage import exclusive, storage_error, written_atomically
 from aceray.distributed.predictor import FromDataset, Method, Predictor
 from aceray.distributed.run import device_of
 from aceray.em.rotation import rotation_from_relion
@@ -23,7 +25,7 @@ from aceray.presets import load_config
 
 _HALF_MAPS = ("half_1.mrc", "half_2.mrc")
 _TABLES = ("fsc.csv", "half_map_fsc.csv")
-_POSES = ("poses.star", "poses.cs", "poses.parquet")
+POSES = ("poses.star", "poses.cs", "poses.parquet")
 
 
 @dataclass(frozen=True)
@@ -52,31 +54,41 @@ def export_run(run: str | Path, out: str | Path, spread: bool = False) -> Export
     particles = open_particles(config.data.path, config.data.half_set)
     if folder.read_notes().get("dataset_sha256", particles.manifest.sha256) != particles.manifest.sha256:
         raise DataError(f"{particles.path}: not the particles that the run in {folder.path} was trained on")
-    target = own_folder(out, ("volume.mrc", *_HALF_MAPS, *_TABLES, *_POSES))
-    paths = {"volume": target / "volume.mrc"}
-    write_volume(paths["volume"], *read_volume(folder.volume))
-    for name in (*_HALF_MAPS, *_TABLES):
-        if (folder.path / name).exists():
-            paths[Path(name).stem] = target / name
-            with written_atomically(target / name) as temporary:
-                shutil.copyfile(folder.path / name, temporary)
-    spread_deg = _spread(folder, particles, config) if spread else None
-    for path in _write_poses(target, folder, particles, spread_deg):
-        paths[path.name] = path
+    with own_folder(out, ("volume.mrc", *_HALF_MAPS, *_TABLES, *POSES)) as target:
+        paths = {"volume": target / "volume.mrc"}
+        write_volume(paths["volume"], *read_volume(folder.volume))
+        for name in (*_HALF_MAPS, *_TABLES):
+            if (folder.path / name).exists():
+                paths[Path(name).stem] = target / name
+                with written_atomically(target / name) as temporary:
+                    shutil.copyfile(folder.path / name, temporary)
+        spread_deg = _spread(folder, particles, config) if spread else None
+        for path in _write_poses(target, folder, particles, spread_deg):
+            paths[path.name] = path
     return Exported(target, paths)
 
 
-def own_folder(out: str | Path, names: tuple[str, ...]) -> Path:
-    """The folder `out`, made where it is missing; DataError when it holds anything but files of those names."""
+@contextlib.contextmanager
+def own_folder(out: str | Path, names: tuple[str, ...]) -> Iterator[Path]:
+    """The folder `out`, made where it is missing, for this process alone.
+
+    Raises:
+        DataError: it holds anything but files of those names, and what a kill left of them, or another process writes.
+    """
     target = Path(out).expanduser().absolute()
+    left = tuple(f".{name}." for name in names)
     try:
         target.mkdir(parents=True, exist_ok=True)
         foreign = sorted(path.name for path in target.iterdir() if path.name not in names)
     except OSError as error:
         raise storage_error(target, error) from error
+    foreign = [name for name in foreign if not name.startswith(left)]
     if foreign:
         raise DataError(f"{target}: holds {foreign[0]}, which is none of our files; choose another --out")
-    return target
+    with exclusive(target / POSES[0]):
+        for unfinished in target.glob(".*.partial"):
+            unfinished.unlink(missing_ok=True)
+        yield target
 
 
 def _spread(folder: RunFolder, particles: ParticleSet, config: Config) -> Tensor:

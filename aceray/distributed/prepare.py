@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aceray.config import Config, Resources, Simulation
@@ -12,6 +13,7 @@ from aceray.data.location import Location, location
 from aceray.data.manifest import ImageLayout
 from aceray.data.particles import open_particles
 from aceray.data.simulate import CtfRanges, Plan, Recipe, plan, simulate_shard
+from aceray.data.storage import exclusive
 from aceray.data.writer import ParticleWriter, WrittenShard, write_shard
 from aceray.distributed.monitor import DataMonitor
 from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
@@ -55,7 +57,10 @@ def simulate(
     if existing == "keep" and _is_kept(path, digest):
         return path
     overwrite: Literal["overwrite", "error"] = "overwrite" if existing == "overwrite" else "error"
-    with ParticleWriter(path, recipe.layout, overwrite) as writer, closing(DataMonitor(path.name)) as monitor:
+    # nothing keeps a second process out of an object store
+    alone = exclusive(path) if isinstance(path, Path) else nullcontext()
+    writing = ParticleWriter(path, recipe.layout, overwrite)
+    with alone, writing as writer, closing(DataMonitor(path.name)) as monitor:
         planned = plan(recipe)
         done = 0
         monitor.report(done, recipe.particles, 0)

@@ -6,8 +6,6 @@ Without workers this needs neither Ray nor MLflow installed.
 import contextlib
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from io import FileIO
@@ -22,8 +20,9 @@ from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_par
 from aceray.data.storage import append_line, exclusive
 from aceray.distributed.ingest import read_here
 from aceray.distributed.monitor import RunMonitor
+from aceray.distributed.notice import ended_by_sigterm
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
-from aceray.distributed.share import Place, Share, predict_share, train_share
+from aceray.distributed.share import Place, Share, predict_share, train_share, within_memory
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import (
     Existing,
@@ -53,7 +52,8 @@ Result = TypeVar("Result")
 def run(config: Config, existing: Existing = "error", on_progress: OnProgress | None = None) -> RunResult:
     """Train, evaluate and leave everything in runs/<name>; `on_progress` is called after every step.
 
-    An interrupt (Ctrl-C, SIGTERM) ends the run on all machines; it can be resumed from its newest checkpoint.
+    An interrupt (Ctrl-C, SIGTERM) ends the run on all machines; it can be resumed from its newest checkpoint, on
+    SIGTERM that of the step which was in the making.
 
     Raises:
         DataError: the data set or the run folder is missing, damaged, foreign or not free.
@@ -96,7 +96,7 @@ def _in_folder(
 ) -> Generator[Progress, None, RunResult]:
     try:
         _check_data(folder, particles)
-        with track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
+        with within_memory(), track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             folder.cut_history(_newest_whole(folder))
             with _timed(folder), contextlib.closing(_train(config, folder, particles, groups, stack)) as progress:
                 shares = yield from follow(progress, folder, tracker)
@@ -210,7 +210,7 @@ def _evaluate(
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
     stored, device = particles.manifest.box, device_of(config)
-    with ended_by_sigterm(), threads(config), exclusive(folder.path):
+    with ended_by_sigterm(), threads(config), exclusive(folder.path), within_memory():
         largest = read_here(particles, particles.row_groups(), final_box(config, stored))
         beside = score_oracle(particles, largest, device)
         box = training_box(config, stored)
@@ -288,23 +288,6 @@ def threads(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as a scheduler sends it, ends the run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(f"signal {number}")
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def follow(

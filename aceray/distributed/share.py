@@ -1,7 +1,8 @@
 """One worker's share of a run: train on its particles, keep checkpoints, predict its poses. Knows no Ray."""
 
+import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from aceray.build import (
 )
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
+from aceray.distributed import notice
 from aceray.distributed.ingest import read_here
+from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.metrics.fsc import resolution_angstrom
 from aceray.train.evaluate import HALF_MAP_THRESHOLD
@@ -71,6 +74,23 @@ class Share:
     halves: tuple[Tensor, Tensor] | None = None
 
 
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """ClusterError, one line, for memory that the system or the GPU does not give; other errors as they are."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        where = "the GPU" if on_gpu else "this machine"
+        said = " ".join(str(error).split())[-160:]
+        raise ClusterError(
+            f"the memory of {where} is used up ({said}); lower train.batch or data.box, or take more machines "
+            "(resources.workers), then resume"
+        ) from error
+
+
 def train_share(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:
@@ -79,25 +99,34 @@ def train_share(
     Raises:
         DataError: the checkpoint is damaged or of another model.
         NonFiniteLoss: a loss is not a number; nothing was updated in that step.
+        KeyboardInterrupt: notice was given; there is a checkpoint of the step or round that was yielded last.
     """
     score = truth_score(particles)
     trainer, refined = _restored(config, folder, particles, stack, place, score)
-    for progress in trainer.run():
-        if progress.checkpoint_due:
-            _keep(config, folder, place, *trainer.checkpoint())
-        yield replace(progress, steps=last_step(config))
+    with notice.heeded():
+        for progress in trainer.run():
+            if progress.checkpoint_due:
+                _keep(config, folder, place, *trainer.checkpoint())
+            yield replace(progress, steps=last_step(config))
+            if notice.given():
+                if not progress.checkpoint_due:
+                    _keep(config, folder, place, *trainer.checkpoint())
+                raise KeyboardInterrupt(f"the run was told to end; step {progress.step} is kept")
     if config.refine is None:
         return _share(trainer)
     refiner = _refiner(config, particles, stack, place)
     if refined is None:
         refined = _start(trainer.predict(), place)
     started = time.perf_counter()
-    for state in refiner.run(refined):
-        refined = state
-        seconds = time.perf_counter() - started
-        _keep(config, folder, place, *_checkpoint(trainer, refined, refiner, place))
-        yield _progress(config, refiner, refined, seconds, score)
-        started = time.perf_counter()
+    with notice.heeded():
+        for state in refiner.run(refined):
+            refined = state
+            seconds = time.perf_counter() - started
+            _keep(config, folder, place, *_checkpoint(trainer, refined, refiner, place))
+            yield _progress(config, refiner, refined, seconds, score)
+            if notice.given():
+                raise KeyboardInterrupt(f"the run was told to end; round {refined.done} is kept")
+            started = time.perf_counter()
     return _refined_share(trainer, refiner, refined)
 
 

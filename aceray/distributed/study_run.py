@@ -19,7 +19,8 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
 from aceray.data.storage import exclusive, storage_error, written_atomically
 from aceray.distributed.monitor import StudyMonitor
-from aceray.distributed.run import ReadStack, ended_by_sigterm, read_particles
+from aceray.distributed.notice import ended_by_sigterm
+from aceray.distributed.run import ReadStack, read_particles
 from aceray.distributed.study_data import OnSimulation, check_digests, prepare_data
 from aceray.distributed.study_results import OnOracle, read_entries, write_study_results
 from aceray.distributed.trial import (
@@ -102,12 +103,14 @@ def open_study(folder: str | Path, on_oracle: OnOracle | None = None) -> StudyRe
     """A study that was run before, its results written again.
 
     Raises:
-        DataError: the folder holds no study.
+        DataError: the folder holds no study, or another process writes its results. A study that still runs may be
+            looked at.
     """
     path = Path(folder).absolute()
     if not _study_file(path).exists():
         raise DataError(f"{path}: not the folder of a study (study.yaml is missing); nothing was touched")
-    return read_study_result(load_study(str(_study_file(path))), path, on_oracle)
+    with exclusive(path / "leaderboard.md"):
+        return read_study_result(load_study(str(_study_file(path))), path, on_oracle)
 
 
 def read_study_result(study: Study, folder: Path, on_oracle: OnOracle | None = None) -> StudyResult:

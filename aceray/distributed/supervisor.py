@@ -7,49 +7,80 @@ cluster belongs to it, so that killing it ends the run and nothing is left behin
 import contextlib
 import dataclasses
 import shutil
+import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
-from ray.train.torch import TorchTrainer, get_device
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
 from aceray.data.location import Location
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.distributed import notice
 from aceray.distributed.cluster import WorkerResources, connect, reserve
 from aceray.distributed.ingest import collect, plan_reading
 from aceray.distributed.monitor import DeviceMonitor
-from aceray.distributed.share import Place, Share
+from aceray.distributed.share import Place, Share, within_memory
 from aceray.distributed.shared_storage import check_shared
 from aceray.errors import AcerayError, ClusterError
 from aceray.folder import RunFolder
 from aceray.train.loop import Progress
 
 ATTEMPTS = 3
-# Workers average their losses every so many steps: a message costs more than a step's worth of waiting.
+# Workers average their losses every so many steps, or seconds where steps are slow: a message costs more than a step's
+# worth of waiting.
 STEPS_BETWEEN_AVERAGES = 10
+SECONDS_BETWEEN_AVERAGES = 1.0
 SECONDS_BETWEEN_POSTS = 0.25
+# How long the supervisor may not answer the driver; how long workers wait for one of them that is alive but does not
+# compute, or still reads its particles.
+SECONDS_TO_ANSWER = 60.0
+SECONDS_TO_MEET = 900
 ENVIRONMENT = {
     # How often Ray Train looks at its workers; also the longest wait at the end of a run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # How long a worker's process may not answer before it is killed and another started; Ray's own is ten minutes.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     # Workers keep their working directory: relative paths mean what they meant to the driver.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
+Told = Literal["", "driver", "worker"]
+"""Who was told to end: nobody, the driver, by which the run ends, or a worker, whose successor goes on with it."""
+_heard: list[Told] = []  # in a worker's process
+_ADVICE_TO_RESUME = "the workers were told to end and have kept a checkpoint; resume from it (--existing resume)"
+_LIMITS = {
+    OutOfMemoryError: "the memory of a node is used up: use fewer workers or trials a node, lower train.batch or "
+    "data.box, or end what else runs there; then resume",
+    ObjectStoreFullError: "Ray's shared memory is full: lower data.box, or start Ray with a larger object store",
+    OutOfDiskError: "Ray moves to disk what its shared memory cannot hold, and that disk is full: free some space in "
+    "its folder (RAY_TMPDIR, /tmp/ray), or start Ray with a larger object store",
+}
 ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Generator[Progress, None, Share]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker needs to do its share; `work` is what it does with its particles."""
+    """What every worker needs to do its share; `work` is what it does with its particles.
+
+    `seconds_to_meet` is how long they wait for one of them.
+    """
 
     config: Config
     folder: Path
@@ -57,6 +88,15 @@ class Task:
     groups: list[list[RowGroup]]
     box: int
     work: ShareOfRun
+    seconds_to_meet: int
+
+
+class EndedError(ClusterError):
+    """The driver was told to end, and so the workers have ended, with a checkpoint of their last step."""
+
+
+class WorkerEndedError(ClusterError):
+    """The same of one worker; Ray Train starts another in its place."""
 
 
 class Supervisor:
@@ -67,6 +107,7 @@ class Supervisor:
         self._shares: dict[int, Share] = {}
         self._group: PlacementGroup | None = None
         self._starts = 0
+        self._told: Told = ""
 
     def hold(self, group: PlacementGroup) -> None:
         """Called by rank 0 at its start: what the cluster has set aside for the workers."""
@@ -77,10 +118,15 @@ class Supervisor:
         """Called by the driver at the end of a run: what it must give back."""
         return self._group
 
-    def post(self, events: list[Progress]) -> None:
-        """Called by rank 0: steps that are done."""
+    def end(self) -> None:
+        """Called by the driver when it is told to end: the workers shall keep a checkpoint and end."""
+        self._told = "driver"
+
+    def post(self, events: list[Progress]) -> Told:
+        """Called by rank 0: steps that are done; whether there shall be more."""
         restarts = {"restarts": self._starts - 1.0}
         self._events.extend(dataclasses.replace(event, details=event.details | restarts) for event in events)
+        return self._told
 
     def take(self) -> list[Progress]:
         """Called by the driver: the steps posted since the last call, in order."""
@@ -106,6 +152,7 @@ class Supervisor:
                 f"particles_{rank}": plan_reading(particles, groups, task.box, tasks_at_once)
                 for rank, groups in enumerate(task.groups)
             },
+            torch_config=TorchConfig(timeout_s=task.seconds_to_meet),
             # Not split: a worker executes its own data set and no other.
             dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(
@@ -130,7 +177,8 @@ class StopOnKnownError(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller, which gives up when this raises."""
         for error in worker_exceptions.values():
-            if (known := known_error(error)) is not None:
+            known = _own_error(error)
+            if known is not None and not isinstance(known, WorkerEndedError):
                 raise known
 
 
@@ -150,22 +198,34 @@ def train_on_ray(
         resources = reserve(config.resources)
         if config.resources.address is not None:
             check_shared(folder.path, "runs", [particles.path])
-        task = Task(config, folder.path, particles.path, groups, box, work)
+        task = Task(config, folder.path, particles.path, groups, box, work, SECONDS_TO_MEET)
         # Several calls at once: workers post while the trainer runs.
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": ENVIRONMENT}}
         supervisor: Any = ray.remote(Supervisor).options(**options).remote()
-        running = supervisor.fit.remote(task, resources)
         try:
-            done: list[Any] = []
-            while not done:
-                done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
-                yield from ray.get(supervisor.take.remote())
-            return ray.get(running)
+            return (yield from _followed(supervisor, supervisor.fit.remote(task, resources)))
         except RayError as error:
-            raise _told(error, folder) from error
+            raise _explained(error, folder) from error
         finally:
             _stop(supervisor)
             shutil.rmtree(folder.scratch, ignore_errors=True)
+
+
+def _followed(supervisor: Any, running: Any) -> Generator[Progress, None, list[Share]]:
+    """What the workers post until they are done; a notice that the driver is given is handed on to them."""
+    done: list[Any] = []
+    events: list[Progress] = []
+    while not done and not events:  # before the first step there is nothing to keep
+        done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
+        events = ray.get(supervisor.take.remote(), timeout=SECONDS_TO_ANSWER)
+    with notice.heeded():
+        yield from events
+        while not done:
+            if notice.given():
+                supervisor.end.remote()
+            done, _ = ray.wait([running], timeout=SECONDS_BETWEEN_POSTS)
+            yield from ray.get(supervisor.take.remote(), timeout=SECONDS_TO_ANSWER)
+    return ray.get(running)
 
 
 def _stop(supervisor: Any) -> None:
@@ -179,37 +239,59 @@ def _stop(supervisor: Any) -> None:
 
 
 def known_error(error: BaseException | None) -> AcerayError | None:
-    """The AcerayError inside the wrappers in which Ray brings it from another process, or None."""
+    """What the user can act on inside the wrappers in which Ray brings an error from another process, or None."""
+    return _own_error(error) or _limit_error(error)
+
+
+def _own_error(error: BaseException | None) -> AcerayError | None:
+    # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
+    own = (each for each in _unwrapped(error) if isinstance(each, AcerayError) and not isinstance(each, RayError))
+    return next(own, None)
+
+
+def _limit_error(error: BaseException | None) -> ClusterError | None:
+    for found in _unwrapped(error):
+        for kind, advice in _LIMITS.items():
+            if isinstance(found, kind) and not isinstance(found, RayTaskError):
+                return ClusterError(f"{' '.join(str(found).split())[:160]} …; {advice}")
+    return None
+
+
+def _unwrapped(error: BaseException | None) -> Iterator[BaseException]:
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop()
         if not isinstance(error, BaseException) or id(error) in seen:
             continue
         seen.add(id(error))
-        # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
-        if isinstance(error, AcerayError) and not isinstance(error, RayError):
-            return error
+        yield error
         waiting += [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
-        waiting += [getattr(error, "_base_exc", None), *getattr(error, "worker_failures", {}).values()]
-    return None
+        waiting += [getattr(error, "_base_exc", None), getattr(error, "health_check_failure", None)]
+        waiting += getattr(error, "worker_failures", {}).values()
 
 
-def _told(error: RayError, folder: RunFolder) -> BaseException:
+def _explained(error: RayError, folder: RunFolder) -> BaseException:
     """What the user should see of an error that ended the run on the cluster; our own bugs keep their traceback."""
     known = known_error(error)
     if known is not None:
-        return known
+        return KeyboardInterrupt(str(known)) if isinstance(known, EndedError) else known
+    steps = folder.checkpoint_steps()
+    resume = f"then resume from step {steps[-1] if steps else 0} (--existing resume)"
+    if isinstance(error, GetTimeoutError):
+        return ClusterError(
+            f"the run's supervisor did not answer within {SECONDS_TO_ANSWER:.0f} s; look at the cluster, {resume}"
+        )
     cause = getattr(error, "cause", error)
     failures = [*getattr(cause, "worker_failures", {}).values(), getattr(cause, "controller_failure", None), cause]
-    kinds = ("WorkerHealthCheckFailedError", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
-    lost = [failure for failure in failures if type(failure).__name__.startswith(kinds)]
+    kinds = ("WorkerHealthCheck", "WorkerGroupStartup", "ActorDiedError", "ActorUnavailableError")
+    # the last is what gloo says of a worker that does not come
+    lost = [each for each in failures if type(each).__name__.startswith(kinds) or "Timed out waiting" in str(each)]
     if not lost:
         return error
     reason = " ".join(str(lost[0]).split())[:200]
-    steps = folder.checkpoint_steps()
     return ClusterError(
         f"workers were lost or did not start, {ATTEMPTS} times in all ({reason}); look at the memory and the logs of "
-        f"their nodes, then resume from step {steps[-1] if steps else 0} (--existing resume)"
+        f"their nodes, {resume}"
     )
 
 
@@ -226,18 +308,31 @@ def _work(settings: dict[str, Any]) -> None:
         supervisor.hold.remote(get_current_placement_group())
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
     particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
-    stack = collect(particles)
-    opened = open_particles(task.particles, task.config.data.half_set)
-    progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
-    with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
-        monitor.wake()
-        share = _post(_averaged(progress, place), supervisor, place)
+    ray.get_runtime_context().current_actor.__ray_call__.remote(_hear_sigterm)
+    try:
+        with within_memory(), contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
+            stack = collect(particles)
+            opened = open_particles(task.particles, task.config.data.half_set)
+            progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
+            monitor.wake()
+            share = _post(_averaged(progress, place), supervisor, place)
+    except KeyboardInterrupt as end:
+        raise (EndedError if "driver" in _heard else WorkerEndedError)(_ADVICE_TO_RESUME) from end
     ray.get(supervisor.deliver.remote(place.rank, share))
 
 
+def _hear_sigterm(actor: object) -> None:
+    """Called in the main thread of a worker, which alone gets signals; Ray's own handler would end it at once."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _heard.append("worker"))
+
+
 def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Generator[list[Progress], None, Share]:
-    """Portions of steps with losses and metrics averaged over the workers, which all come here at the same steps."""
+    """Portions of steps with losses and metrics averaged over the workers, which all come here at the same steps.
+
+    There they also agree on whether they were told to end.
+    """
     waiting: list[Progress] = []
+    portion = 1
     while True:
         try:
             # poses and a volume would make messages of megabytes
@@ -245,8 +340,16 @@ def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Gener
         except StopIteration as end:
             return end.value
         last = waiting[-1]
-        if place.workers == 1 or last.step % STEPS_BETWEEN_AVERAGES == 0 or last.checkpoint_due:
-            yield [_average(list(same)) for same in zip(*place.gather(waiting), strict=True)]
+        if place.workers == 1 or last.step % portion == 0 or last.checkpoint_due:
+            gathered = place.gather((waiting, list(_heard)))
+            averaged = [_average(list(same)) for same in zip(*(steps for steps, _ in gathered), strict=True)]
+            if any(heard for _, heard in gathered):
+                _heard.extend(told for _, heard in gathered for told in heard)
+                notice.give()
+            # alike on all workers
+            step_seconds = averaged[-1].details.get("step_seconds", 0.0) + 1e-9
+            portion = max(1, min(STEPS_BETWEEN_AVERAGES, int(SECONDS_BETWEEN_AVERAGES / step_seconds)))
+            yield averaged
             waiting = []
 
 
@@ -284,6 +387,6 @@ def _post(portions: Generator[list[Progress], None, Share], supervisor: Any, pla
 
 
 def _send(events: list[Progress], supervisor: Any, place: Place) -> None:
-    if place.rank == 0 and events:
-        # Waiting for the answer, about a millisecond, keeps the order and notices a supervisor that is gone.
-        ray.get(supervisor.post.remote(events))
+    # Waiting for the answer, about a millisecond, keeps the order and notices a supervisor that is gone.
+    if place.rank == 0 and events and (told := ray.get(supervisor.post.remote(events))):
+        _heard.append(told)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Sourced by the job scripts: run aceray until it ends or the time limit comes near, then queue the job again.
 #
-# Slurm sends USR1 some time before the limit (`#SBATCH --signal=B:USR1@180`). From then on the job waits for one more
-# checkpoint, ends the run, and goes back into the queue under its own number; what is done goes on from that checkpoint.
-# So train.checkpoint_every should be less than those seconds. A job in which no checkpoint was written since it began
-# is not queued again: it would never end.
+# Slurm sends USR1 some time before the limit (`#SBATCH --signal=B:USR1@180`). The job then tells the run to end, which
+# keeps a checkpoint of its present step, and goes back into the queue under its own number: nothing is done twice. A
+# study is ended after one more checkpoint of any of its trials, so their train.checkpoint_every should be less than
+# those seconds. A job in which no checkpoint was written since it began is not queued again: it would never end.
 
 seconds_to_checkpoint=${ACERAY_SECONDS_TO_CHECKPOINT:-120} # less than those of --signal
 limit_is_near=no
@@ -46,11 +46,13 @@ run_until_limit() {
     wait "$driver" || code=$? # a signal to this script ends the waiting, not the run
     if [[ $limit_is_near == no ]]; then return "$code"; fi
 
-    echo "The time limit is near; waiting for a checkpoint."
-    for _ in $(seq "$seconds_to_checkpoint"); do
-        if newer_checkpoint "$marks/noticed" || ! kill -0 "$driver" 2>/dev/null; then break; fi
-        sleep 1
-    done
+    if [[ $verb == tune ]]; then
+        echo "The time limit is near; waiting for a checkpoint."
+        for _ in $(seq "$seconds_to_checkpoint"); do
+            if newer_checkpoint "$marks/noticed" || ! kill -0 "$driver" 2>/dev/null; then break; fi
+            sleep 1
+        done
+    fi
     if ! kill -0 "$driver" 2>/dev/null; then # it came to its end meanwhile
         code=0
         wait "$driver" || code=$?

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Generator
 
 from aceray.config import Config
@@ -50,3 +51,74 @@ def diverging_on_the_second_worker(
             raise NonFiniteLoss("training step 23: loss_pip is nan; nothing was updated in this step.")
         yield event
     raise AssertionError("the other worker should have stopped this one")
+
+
+def told_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker is sent SIGTERM when it has done a step; each start leaves a mark with its first step."""
+    progress = train_share(config, folder, particles, stack, place)
+    first = True
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        if first:
+            (folder.path / f"begun-{place.rank}-{event.step}").touch()
+        first = False
+        yield event
+        mark = folder.path / "told"
+        if place.rank == 1 and event.step == STEP and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hungry(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The worker takes memory until somebody stops it."""
+    yield next(train_share(config, folder, particles, stack, place))
+    taken = []
+    while True:
+        taken.append(bytearray(b"1") * 2**26)
+        time.sleep(0.05)
+
+
+def stopped_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker answers nothing any more, as on a node that hangs; its successor is left alone."""
+    progress = train_share(config, folder, particles, stack, place)
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        yield event
+        mark = folder.path / "stopped"
+        if place.rank == 1 and event.step == STEP and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def asleep_always(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The second worker is alive, but does not compute any more, as when its storage hangs."""
+    yield next(train_share(config, folder, particles, stack, place))
+    if place.rank == 1:
+        time.sleep(3600)
+    yield from train_share(config, folder, particles, stack, place)
+    raise AssertionError
+
+
+def stopped_always(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """Every second worker does."""
+    yield next(train_share(config, folder, particles, stack, place))
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    yield from train_share(config, folder, particles, stack, place)
+    raise AssertionError

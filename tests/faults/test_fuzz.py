@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -39,7 +40,8 @@ from tests.data.inputs import cs_columns, some_images, write_cs, write_stack, wr
 EXAMPLES, MANY = 40, int(os.environ.get("ACERAY_FUZZ", "5000"))
 # of one small file; the readers import and cache things of their own
 MOST_BYTES, MOST_GROWTH = 48 * 2**20, 96 * 2**20
-SECONDS = 10
+# of this process alone: a crowded machine makes none of them slow; one that waits forever meets pytest's own limit
+CPU_SECONDS = 10.0
 EXTREMES = (0, 1, -1, 2**7, 2**15, 2**31 - 1, -(2**31), 2**40, 2**62, 1024)
 # what text files are broken with: other types, other files, code, bombs, control characters
 NASTY = (
@@ -204,6 +206,7 @@ def survives(form: Format, folder: Path, content: bytes) -> None:
     path = folder / form.name
     path.write_bytes(content)
     tracemalloc.start()
+    began = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -215,6 +218,7 @@ def survives(form: Format, folder: Path, content: bytes) -> None:
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
+    assert time.process_time() - began < CPU_SECONDS
     assert peak < MOST_BYTES, f"{peak / 2**20:.0f} MiB for a file of {len(content)} bytes"
 
 
@@ -234,9 +238,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.
 def test_changed_files_do_no_harm(form: Format, tmp_path: Path) -> None:
     whole = (tmp_path / form.name).read_bytes()
 
-    @settings(
-        max_examples=EXAMPLES, deadline=SECONDS * 1000, derandomize=True, database=None, suppress_health_check=QUIET
-    )
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
     @given(edits=EDITS)
     def check(edits: list) -> None:
         survives(form, tmp_path, changed(whole, edits))
@@ -250,7 +252,7 @@ def test_thousands_of_changed_files_do_no_harm(form: Format, tmp_path: Path) -> 
     whole = (tmp_path / form.name).read_bytes()
     sizes: list[int] = []
 
-    @settings(max_examples=MANY, deadline=SECONDS * 1000, database=None, suppress_health_check=QUIET)
+    @settings(max_examples=MANY, deadline=None, database=None, suppress_health_check=QUIET)
     @given(edits=EDITS)
     def check(edits: list) -> None:
         survives(form, tmp_path, changed(whole, edits))

@@ -1,5 +1,6 @@
 """Ctrl-C in every phase of every verb: the program ends soon, leaves no process behind and says how to go on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from aceray import api
 from aceray.distributed.run import run
 from aceray.presets import load_config
+from aceray.study import load_study
+from aceray.tracking.journal import STATE
 from tests.data.inputs import some_images, write_stack, write_star
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import write_particles
@@ -27,12 +31,14 @@ STUDY = "name: s\nstudies: {studies}\nbase: {base}\nspace:\n  pip.weight: [0.0, 
 
 @dataclass(frozen=True)
 class Place:
-    """The folders of a test: data sets, a finished run, a study's file."""
+    """The folders of a test: data sets, a finished run, a study's file, that study run, a run to be sent to MLflow."""
 
     data: Path
     run: Path
     star: Path
     study: Path
+    compared: Path
+    unsent: Path
 
     def settings(self, folder: Path, *more: str) -> list[str]:
         return [*QUICK, f"data.path={self.data}", f"runs={folder}", *more]
@@ -48,7 +54,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     study = folder / "s.yaml"
     base = [*QUICK, "train.steps=20", "train.evaluate_every=10", f"data.path={data}"]
     study.write_text(STUDY.format(studies=folder / "studies", base=base))
-    return Place(data, done.folder, star, study)
+    compared = api.tune(load_study(str(study)), address="none").folder
+    tracked = ("tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/ml.db", "name=tracked", "train.steps=4")
+    unsent = run(load_config(*QUICK, f"data.path={data}", f"runs={folder / 'runs'}", *tracked)).folder
+    state = json.loads((unsent / STATE).read_text())
+    (unsent / STATE).write_text(json.dumps(state | {"offset": 0}))  # as if nothing of it had been sent
+    return Place(data, done.folder, star, study, compared, unsent)
 
 
 CASES = {
@@ -67,6 +78,8 @@ CASES = {
     "export": ("aceray.distributed.export:_write_poses", "export {run} --out {out}", "repeat the command"),
     "tune: here": ("aceray.distributed.study_run:run_trial", "tune {study} --address none", "--resume"),
     "tune: ray": ("aceray.display:StudyDisplay.happened", "tune {study}", "--resume"),
+    "compare": ("aceray.distributed.study_results:_draw_figures", "compare {compared}", "repeat the command"),
+    "sync": ("aceray.tracking.store:Store.points", "sync {unsent}", "repeat the command"),
     "train: ray": (STEP, "train {settings} resources.workers=1 train.steps=99999", "resume"),
 }  # fmt: skip
 
@@ -97,7 +110,8 @@ def test_an_interrupt_ends_it(name: str, place: Place, tmp_path: Path) -> None:
         "refined": list(REFINED),
         "tracked": ["tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/ml.db"],
         "simulated": ["data/spliceosome_32_clean", "simulation.particles=4096", f"data.path={tmp_path / 'made'}"],
-        "run": [str(place.run)], "star": [str(place.star)], "data": [str(place.data)],
+        "compared": [str(place.compared)], "unsent": [str(place.unsent)], "run": [str(place.run)],
+        "star": [str(place.star)], "data": [str(place.data)],
         "out": [str(tmp_path / "out")], "study": [str(place.study), f"studies={tmp_path}"],
     }  # fmt: skip
     arguments = [each for word in command.split() for each in words.get(word.strip("{}"), [word])]

@@ -2,10 +2,14 @@
 
 import ast
 import logging
+import re
+import tomllib
 import traceback
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from aceray.errors import AcerayError, ConfigError
 from aceray.folder import create_run_folder
@@ -41,6 +45,34 @@ def test_nothing_that_is_read_can_run_code() -> None:
     for node, where in loads:
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         assert options.get("allow_pickle") == "False", where
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_package_that_is_needed_has_a_tested_version() -> None:
+    """Those that `make audit` looks up; what is not installed here is followed no further."""
+    root = PACKAGE.parent
+    pinned = [line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines() if "==" in line]
+    known, missing, seen = {plain(name) for name in pinned}, set(), set()
+    waiting = [
+        (Requirement(text), "")
+        for text in tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    ]
+    while waiting:
+        needed, extra = waiting.pop()
+        if (needed.marker and not needed.marker.evaluate({"extra": extra})) or str(needed) in seen:
+            continue
+        seen.add(str(needed))
+        if plain(needed.name) not in known:
+            missing.add(needed.name)
+        try:
+            further = [Requirement(text) for text in requires(needed.name) or []]
+        except PackageNotFoundError:
+            continue
+        waiting += [(each, extra) for each in further for extra in ("", *needed.extras)]
+    assert missing == set() and len(seen) > 50
 
 
 def test_no_shell_is_started() -> None:
