@@ -23,9 +23,10 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from aceray.config import Config
 from aceray.data.location import Location
-from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, streamed_stack
 from aceray.distributed.cluster import WorkerResources, connect, reserve
-from aceray.distributed.ingest import collect, plan_reading
+from aceray.distributed.ingest import collect, parts_by_ray_data, plan_reading
+from aceray.distributed.memory import fits, room
 from aceray.distributed.monitor import DeviceMonitor
 from aceray.distributed.share import Place, Share
 from aceray.distributed.shared_storage import check_shared
@@ -100,6 +101,7 @@ class Supervisor:
             train_loop_config={
                 "task": task,
                 "gpus": resources.gpus,
+                "tasks_at_once": tasks_at_once,
                 "supervisor": ray.get_runtime_context().current_actor,
             },
             datasets={
@@ -221,18 +223,27 @@ def _work(settings: dict[str, Any]) -> None:
     device = get_device() if settings["gpus"] else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place = Place(context.get_world_rank(), context.get_world_size(), str(device))
+    read = parts_by_ray_data(settings["tasks_at_once"])
+    place = Place(context.get_world_rank(), context.get_world_size(), str(device), read)
     if place.rank == 0:
         supervisor.hold.remote(get_current_placement_group())
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
-    particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
-    stack = collect(particles)
     opened = open_particles(task.particles, task.config.data.half_set)
+    stack = _stack(task, opened, place)
     progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
     with contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
         monitor.wake()
         share = _post(_averaged(progress, place), supervisor, place)
     ray.get(supervisor.deliver.remote(place.rank, share))
+
+
+def _stack(task: Task, particles: ParticleSet, place: Place) -> ParticleStack:
+    """The particles of this worker: all of them by Ray Data, or a stream that reads by it."""
+    groups = task.groups[place.rank]
+    if fits(task.config, particles, groups, task.box, place.device):
+        planned: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
+        return collect(planned)
+    return streamed_stack(particles, groups, task.box, room(task.config), place.read)
 
 
 def _averaged(progress: Generator[Progress, None, Share], place: Place) -> Generator[list[Progress], None, Share]:
