@@ -30,7 +30,8 @@ from tests.distributed.particles import BOX, write_particles
 ROOT = Path(__file__).parents[2]
 Configure = Callable[..., Config]
 GROUP = 256 * BOX**2 * 4  # bytes
-SHORT = ("refine={}", "encoder.heads=1", "refine.search_rounds=2", "refine.polish_rounds=1", "train.steps=20")
+ROUNDS = ("refine={}", "refine.registers=false", "refine.search_rounds=1", "refine.polish_rounds=1")
+SHORT = (*ROUNDS, "encoder.heads=1", "train.steps=8")
 
 
 def gib(groups: float) -> str:
@@ -102,12 +103,12 @@ def test_only_the_refinement_streams_where_the_crops_fit(configure: Configure, s
 def windows(many: ParticleSet, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run of windows of two row groups, three of them in an epoch of a lane."""
     paths = f"data.path={many.path}", f"runs={tmp_path_factory.mktemp('windows')}"
-    return run(load_config(*paths, *QUICK, *SHORT, "train.steps=40", "train.batch=256", "train.lanes=2", gib(8)))
+    return run(load_config(*paths, *QUICK, *SHORT, "train.steps=16", "train.batch=256", "train.lanes=2", gib(8)))
 
 
-@pytest.mark.parametrize("stop", [7, 29, 42])
+@pytest.mark.parametrize("stop", [14, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_run_of_windows_goes_on_exactly(windows: RunResult, tmp_path: Path, stop: int) -> None:
-    """Step 7 ends amid a window of the first epoch, 29 amid one of the third; 42 is a round of refinement."""
+    """Step 14 ends amid a window of the second epoch, 17 is a round of refinement."""
 
     def interrupt(event: Progress) -> None:
         if event.step == stop:
@@ -135,6 +136,7 @@ def test_a_run_of_windows_is_evaluated_again_and_by_the_oracle(
     assert found["oracle/fsc/resolution_px_0.5"] < found["fsc/resolution_px_0.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_two_streaming_workers_do_what_one_does_with_twice_the_memory(windows: RunResult, tmp_path: Path) -> None:
     paths = str(windows.folder / "config.yaml"), f"runs={tmp_path}", "refine=null", "train.steps=8"
