@@ -7,7 +7,6 @@ from torch import nn
 
 from aceray.config import BackgroundNoise, Config, ManifestNoise, SnrNoise
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup
-from aceray.data.writer import ROWS_PER_GROUP
 from aceray.em.formation import noise_std_for_snr
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
@@ -139,7 +138,7 @@ def build_trainer(
     pixel_size_angstrom = particles.manifest.pixel_size_angstrom * particles.manifest.box / box
     images = particles_from_stack(stack, disc, pixel_size_angstrom)
     statistics = image_statistics(images, disc, particles.manifest.noise_std)
-    images.scaled(1 / statistics.signal_std)
+    images = images.scaled(1 / statistics.signal_std)
     lanes = _lanes(config, particles, stack, range(rank, lane_count(config), world_size))
     model = _build_model(config, disc, statistics, images, lanes).to(device)
     shift_spread_px = config.data.shift_sigma_fraction * box
@@ -197,11 +196,7 @@ def build_refiner(config: Config, particles: ParticleSet, stack: ParticleStack, 
 
 def _lanes(config: Config, particles: ParticleSet, stack: ParticleStack, mine: Iterable[int]) -> list[Lane]:
     """Which rows of the worker's stack belong to which of its lanes."""
-    groups, before = [], 0
-    for shard in particles.manifest.shards:
-        groups.append(before + torch.arange(shard.particles) // ROWS_PER_GROUP)
-        before += shard.row_groups
-    lane_of_row = torch.cat(groups)[stack.particle_id] % lane_count(config)
+    lane_of_row = particles.group_of_particle()[stack.particle_id] % lane_count(config)
     aside = held_out(stack.particle_id, config.data.heldout_fraction)
     found = []
     for number in mine:

@@ -77,6 +77,9 @@ class Data(Model):
     shift_sigma_fraction: float = Field(
         0.0, ge=0, le=0.25, description="prior spread of the shifts along x and y, fraction of the box; 0: no shifts"
     )
+    memory_gib: float | None = Field(
+        None, gt=0, description="what a worker may hold of its images, GiB; it streams what does not fit; null: all"
+    )
 
 
 class LabelFilter(Model):

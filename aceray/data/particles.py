@@ -1,6 +1,7 @@
 """Particle datasets: a folder of Parquet shards and a manifest, read by row groups and never trusted blindly."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ from aceray.data.location import Location, location
 from aceray.data.manifest import ImageLayout, Manifest, Shard, StoredFile
 from aceray.data.mrc import read_volume
 from aceray.data.storage import sha256_of_file, storage_error
+from aceray.data.stream import Portion, ReadParts, StreamedImages
 from aceray.em.ctf import CtfParameters
 from aceray.em.fourier import crop_images
 from aceray.em.rotation import rotation_from_relion
@@ -48,6 +50,8 @@ IDENTITY_UNITS = {
 _IDENTITY_TYPES = (pa.string(), pa.int64(), pa.int64())
 OBSERVED_COLUMNS = ("image", "particle_id", "half_set", *CTF_UNITS)
 TRUTH_COLUMNS = tuple(TRUTH_UNITS)
+
+ROWS_PER_GROUP = 256  # of a shard's row groups, but for its last one
 
 _CHUNK = 1024  # images decoded and cropped at a time
 
@@ -87,9 +91,9 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class ParticleStack:
-    """Images with what the microscope is known to have done, and nothing of their poses."""
+    """Images, in memory or streamed, with what the microscope is known to have done, and nothing of their poses."""
 
-    images: Float[Tensor, "n d d"]
+    images: Float[Tensor, "n d d"] | StreamedImages
     ctf: CtfParameters | None
     particle_id: Int[Tensor, "n"]
 
@@ -103,7 +107,7 @@ class ParticleStack:
 
     @staticmethod
     def concatenate(parts: "Sequence[ParticleStack]") -> "ParticleStack":
-        """Several stacks in one; all of them with a CTF, or none."""
+        """Several stacks in memory in one; all of them with a CTF, or none."""
         ctf = [part.ctf for part in parts if part.ctf is not None]
         if ctf and len(ctf) != len(parts):
             raise ValueError("stacks with and without a CTF cannot be joined")
@@ -165,6 +169,14 @@ class ParticleSet:
             raise DataError(f"{path}: the shard is damaged ({error}); restore it or make the dataset again.") from error
         # the schema of our own version, so that tables of all shards can be joined
         return table.cast(pa.schema([self._schema.field(name) for name in columns]))
+
+    def group_of_particle(self) -> Int[Tensor, " n"]:
+        """Which of `row_groups()` each particle of the whole set is in, by its number."""
+        found, before = [], 0
+        for shard in self.manifest.shards:
+            found.append(before + torch.arange(shard.particles) // ROWS_PER_GROUP)
+            before += shard.row_groups
+        return torch.cat(found)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -279,6 +291,41 @@ def stack_from_table(table: pa.Table, manifest: Manifest, box: int) -> ParticleS
             f"particle {first}: its image holds values that are not finite numbers; make the dataset again."
         )
     return ParticleStack(images, _ctf_parameters(table) if manifest.ctf else None, identifiers)
+
+
+def parts_here(particles: ParticleSet, groups: Sequence[RowGroup], box: int) -> ReadParts:
+    """How row groups are read in this process, one after the other."""
+
+    def read(parts: Sequence[int]) -> Iterator[Portion]:
+        for part in parts:
+            stack = stack_from_table(particles.read([groups[part]]), particles.manifest, box)
+            assert isinstance(stack.images, Tensor)
+            yield stack.particle_id, stack.images
+
+    return read
+
+
+ReadGroups = Callable[[ParticleSet, Sequence[RowGroup], int], ReadParts]
+"""How row groups are read at a box, in the order they are asked for: `parts_here`, or by other processes."""
+
+
+def streamed_stack(
+    particles: ParticleSet, groups: Sequence[RowGroup], box: int, most_bytes: int, read: ReadGroups = parts_here
+) -> ParticleStack:
+    """The particles of row groups, of whose images at most `most_bytes` are held at a time; all else is in memory.
+
+    Raises:
+        DataError: a shard is missing or damaged, or no particle is of the half set.
+    """
+    table = particles.read(sorted(groups, key=dataclasses.astuple), ["particle_id", *CTF_UNITS])
+    number = torch.from_numpy(np.array(table["particle_id"].to_numpy()))
+    if not len(number):
+        raise DataError("data.half_set: no particle that was to be read is in that half set; set it to null")
+    found, counts = particles.group_of_particle()[number].unique_consecutive(return_counts=True)
+    every = particles.row_groups()
+    reader = read(particles, [every[group] for group in found.tolist()], box)
+    images = StreamedImages(number, counts.tolist(), box, reader, most_bytes)
+    return ParticleStack(images, _ctf_parameters(table) if particles.manifest.ctf else None, number)
 
 
 def _decode(column: pa.ChunkedArray, layout: ImageLayout) -> Float[Tensor, "n d d"]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from aceray.data.location import Location, location
 from aceray.data.manifest import MANIFEST_NAME, ImageLayout, Manifest, Shard, StoredFile
 from aceray.data.mrc import write_volume
-from aceray.data.particles import ParticleSet, open_particles, particle_schema, with_identity
+from aceray.data.particles import ROWS_PER_GROUP, ParticleSet, open_particles, particle_schema, with_identity
 from aceray.data.storage import (
     flush_to_disk,
     hidden_sibling,
@@ -34,7 +34,6 @@ from aceray.data.storage import (
 from aceray.em.formation import background_std
 from aceray.errors import DataError
 
-ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 256 * 2**20
 TRUTH_VOLUME_NAME = "truth.mrc"
 

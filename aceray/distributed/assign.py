@@ -172,7 +172,7 @@ def _predicted(
     import ray
 
     from aceray.distributed.cluster import connect
-    from aceray.distributed.supervisor import known_error
+    from aceray.distributed.failures import known_error
 
     with connect(settings.address):
         context = ray.data.DataContext.get_current()

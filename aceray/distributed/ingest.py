@@ -1,18 +1,28 @@
 """Particles from the shards on disk into the memory of the worker that trains on them, in this process or by Ray Data.
 
-Both ways read the same row groups with the same functions and give the same stack, ordered by particle.
+Both ways read the same row groups with the same functions and give the same stack, ordered by particle, or the same
+parts of a stream.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from aceray.data.location import Location
-from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, stack_from_table
+from aceray.data.particles import (
+    ParticleSet,
+    ParticleStack,
+    ReadGroups,
+    RowGroup,
+    open_particles,
+    parts_here,
+    stack_from_table,
+)
+from aceray.data.stream import Portion, ReadParts
 from aceray.em.ctf import CtfParameters
 from aceray.errors import DataError
 
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
 
 # One task decodes about so much: long enough to outweigh its start, short enough to spread over many cores.
 BYTES_A_TASK = 64 * 2**20
+# A plan of Ray Data takes about a second to begin: fewer tasks' worth of a stream is read in this process meanwhile.
+_TASKS_WORTH_A_PLAN = 4
 # Reading tasks live in the share of the cores that workers leave free (cluster.SHARE_OF_TASKS).
 CPUS_A_TASK = 0.05
 CTF_COLUMNS = tuple(field.name for field in dataclasses.fields(CtfParameters))
@@ -45,6 +57,7 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # a DataError stays one
+    context.execution_options.preserve_order = True  # a stream takes its parts as they were asked for
     portions = [{"groups": [dataclasses.astuple(group) for group in part]} for part in tasks(particles, groups, box)]
     # from_items places the plan in the object store; reading a data source would need a task with a whole core.
     planned = ray.data.from_items(portions, override_num_blocks=len(portions))
@@ -57,6 +70,26 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     )
 
 
+def parts_by_ray_data(tasks_at_once: int) -> ReadGroups:
+    """How a worker on Ray streams: windows by the tasks of Ray Data, a few row groups in this process."""
+
+    def reader(particles: ParticleSet, groups: Sequence[RowGroup], box: int) -> ReadParts:
+        here = parts_here(particles, groups, box)
+
+        def read(parts: Sequence[int]) -> Iterator[Portion]:
+            wanted = [groups[part] for part in parts]
+            if sum(1 for _ in tasks(particles, wanted, box)) < _TASKS_WORTH_A_PLAN:
+                yield from here(parts)
+                return
+            for stack in _stacks(plan_reading(particles, wanted, box, tasks_at_once).iterator()):
+                assert isinstance(stack.images, torch.Tensor)
+                yield stack.particle_id, stack.images
+
+        return read
+
+    return reader
+
+
 def read_portion(portion: dict[str, Any], path: Location, half_set: int | None, box: int) -> dict[str, np.ndarray]:
     """What one task does: the columns of some row groups, decoded and cropped."""
     particles = open_particles(path, half_set)
@@ -66,8 +99,12 @@ def read_portion(portion: dict[str, Any], path: Location, half_set: int | None, 
 
 def collect(iterator: "DataIterator") -> ParticleStack:
     """Execute the reading and keep its result in the memory of this worker."""
+    return ordered(_stacks(iterator))
+
+
+def _stacks(iterator: "DataIterator") -> Iterator[ParticleStack]:
     batches: Any = iterator.iter_batches(batch_size=None, batch_format="numpy")  # pyright: ignore[reportArgumentType]
-    return ordered(_stack(batch) for batch in batches)
+    return (_stack(batch) for batch in batches)
 
 
 def ordered(stacks: Iterable[ParticleStack]) -> ParticleStack:

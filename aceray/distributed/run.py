@@ -19,10 +19,11 @@ from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.data.storage import append_line, exclusive
 from aceray.distributed.ingest import read_here
+from aceray.distributed.memory import bounded, check_bound
 from aceray.distributed.monitor import RunMonitor
 from aceray.distributed.notice import ended_by_sigterm
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
-from aceray.distributed.share import Place, Share, predict_share, train_share, within_memory
+from aceray.distributed.share import Place, Share, load, predict_share, train_share, within_memory
 from aceray.errors import AcerayError, ClusterError, DataError
 from aceray.folder import (
     Existing,
@@ -74,14 +75,15 @@ def run_steps(
     """The same as a generator that yields after every step, for what advances several runs in turns.
 
     Signals and the number of threads are left to the caller. `read_stack` gives the particles of a run in this process
-    when they are in memory already; `track` the run's tracker.
+    when they are in memory already, and is not asked under data.memory_gib; `track` the run's tracker.
     """
-    if read_stack is not None and config.resources.workers == 0:
+    if read_stack is not None and config.resources.workers == 0 and config.data.memory_gib is None:
         particles, stack = read_stack(config)
     else:
         particles, stack = open_particles(config.data.path, config.data.half_set), None
     workers, lanes = max(1, config.resources.workers), lane_count(config)
     groups = [row_groups_of_lanes(particles, range(worker, lanes, workers), lanes) for worker in range(workers)]
+    check_bound(config, particles, groups[0])
     with exclusive(run_path(config)):
         return (yield from _in_folder(config, create_run_folder(config, existing), particles, groups, stack, track))
 
@@ -209,16 +211,17 @@ def _evaluate(
         raise DataError(f"{folder.path}: the run has no checkpoint yet; train it first")
     particles = open_particles(config.data.path, config.data.half_set)
     _check_data(folder, particles)
-    stored, device = particles.manifest.box, device_of(config)
+    stored, device, every = particles.manifest.box, device_of(config), particles.row_groups()
+    config, place = bounded(config, particles), Place(device=device)
     with ended_by_sigterm(), threads(config), exclusive(folder.path), within_memory():
-        largest = read_here(particles, particles.row_groups(), final_box(config, stored))
+        largest = load(config, particles, every, final_box(config, stored), place)
         beside = score_oracle(particles, largest, device)
         box = training_box(config, stored)
-        stack = largest if box == largest.images.shape[-1] else read_here(particles, particles.row_groups(), box)
+        stack = largest if box == largest.images.shape[-1] else load(config, particles, every, box, place)
         del largest
         with start_tracking(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             tracker.status_at_end = tracker.status_before
-            share = predict_share(config, folder, particles, stack, Place(device=device))
+            share = predict_share(config, folder, particles, stack, place)
             result = write_results(config, folder, particles, [share], tracker, beside)
     if on_progress is not None:
         on_progress(Progress(steps[-1], last_step(config), {}, 0.0, result.metrics))
@@ -245,8 +248,9 @@ def _train(
     """The progress of all workers, each with its row groups, as one; returns their shares."""
     box = training_box(config, particles.manifest.box)
     if config.resources.workers == 0:
-        stack = read_here(particles, groups[0], box) if stack is None else stack
-        return [(yield from train_share(config, folder, particles, stack, Place(device=device_of(config))))]
+        place = Place(device=device_of(config))
+        stack = load(config, particles, groups[0], box, place) if stack is None else stack
+        return [(yield from train_share(config, folder, particles, stack, place))]
     # Imported here: a run in this process needs no Ray.
     from aceray.distributed.supervisor import train_on_ray
 

@@ -20,9 +20,10 @@ from aceray.build import (
     truth_score,
 )
 from aceray.config import Config
-from aceray.data.particles import ParticleSet, ParticleStack
+from aceray.data.particles import ParticleSet, ParticleStack, ReadGroups, RowGroup, parts_here, streamed_stack
 from aceray.distributed import notice
 from aceray.distributed.ingest import read_here
+from aceray.distributed.memory import bytes_held, fits, room
 from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.metrics.fsc import resolution_angstrom
@@ -38,11 +39,12 @@ _NOTED = ("moved", "energy", "symmetry_order", "symmetry_correlation")
 
 @dataclass(frozen=True)
 class Place:
-    """Which of the workers this is, and the device it computes on."""
+    """Which of the workers this is, the device it computes on, and how it reads what it streams."""
 
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+    read: ReadGroups = parts_here
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module itself, or one that averages its gradients over the workers."""
@@ -86,9 +88,23 @@ def within_memory() -> Iterator[None]:
         where = "the GPU" if on_gpu else "this machine"
         said = " ".join(str(error).split())[-160:]
         raise ClusterError(
-            f"the memory of {where} is used up ({said}); lower train.batch or data.box, or take more machines "
-            "(resources.workers), then resume"
+            f"the memory of {where} is used up ({said}); lower train.batch, data.memory_gib or data.box, or take more "
+            "machines (resources.workers), then resume"
         ) from error
+
+
+def load(
+    config: Config, particles: ParticleSet, groups: list[RowGroup], box: int, place: Place, held: int = 0
+) -> ParticleStack:
+    """The particles of row groups, read in this process or streamed; `held` bytes of data.memory_gib are taken.
+
+    Raises:
+        ConfigError: there is no bound, and clearly not as much memory as they need.
+        DataError: a shard is missing or damaged.
+    """
+    if fits(config, particles, groups, box, place.device, held):
+        return read_here(particles, groups, box)
+    return streamed_stack(particles, groups, box, room(config, held), place.read)
 
 
 def train_share(
@@ -159,7 +175,8 @@ def _refiner(config: Config, particles: ParticleSet, stack: ParticleStack, place
     box = final_box(config, particles.manifest.box)
     if stack.images.shape[-1] != box:
         lanes = range(place.rank, lane_count(config), place.workers)
-        stack = read_here(particles, row_groups_of_lanes(particles, lanes, lane_count(config)), box)
+        groups = row_groups_of_lanes(particles, lanes, lane_count(config))
+        stack = load(config, particles, groups, box, place, bytes_held(stack))
     return build_refiner(config, particles, stack, place.device)
 
 

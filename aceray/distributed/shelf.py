@@ -11,8 +11,8 @@ from aceray.build import training_box
 from aceray.config import Config
 from aceray.data.location import location
 from aceray.data.particles import ParticleSet, ParticleStack, open_particles
+from aceray.distributed.failures import known_error
 from aceray.distributed.ingest import columns_of, read_here, shared_stack
-from aceray.distributed.supervisor import known_error
 
 
 class Shelf:

@@ -16,12 +16,12 @@ from ray.util.queue import Queue
 
 from aceray.data.storage import sha256_of_file
 from aceray.distributed.cluster import connect
+from aceray.distributed.failures import known_error
 from aceray.distributed.prepare import aceray_version
 from aceray.distributed.shared_storage import PATIENCE_SECONDS, token_in, unseen
 from aceray.distributed.study_data import OnSimulation
 from aceray.distributed.study_results import OnOracle
 from aceray.distributed.study_run import OnEvent, StudyResult, run_study
-from aceray.distributed.supervisor import known_error
 from aceray.errors import ClusterError
 from aceray.study import Study
 

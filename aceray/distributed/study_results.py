@@ -19,7 +19,8 @@ from aceray.data.manifest import Manifest
 from aceray.data.mrc import read_volume
 from aceray.data.particles import open_particles
 from aceray.data.storage import written_atomically
-from aceray.distributed.ingest import read_here
+from aceray.distributed import share
+from aceray.distributed.memory import bounded
 from aceray.distributed.results import oracle_metrics
 from aceray.distributed.run import device_of
 from aceray.em.fourier import crop_volume
@@ -211,13 +212,14 @@ def find_oracles(
         particles = open_particles(config.data.path)
         if particles.manifest.truth_volume is None or particles.read_truth() is None:
             continue
-        stack = read_here(particles, particles.row_groups(), setup.box or particles.manifest.box)
+        box, place = setup.box or particles.manifest.box, share.Place(device=device_of(config))
+        stack = share.load(bounded(config, particles), particles, particles.row_groups(), box, place)
 
         def told(progress: OracleProgress, path: Path = particles.path) -> None:
             if on_oracle is not None:
                 on_oracle(path, progress)
 
-        known[setup.dataset] = oracle_metrics(particles, stack, device_of(config), told)
+        known[setup.dataset] = oracle_metrics(particles, stack, place.device, told)
         write_json(cache, known)
     return {key: {name: value for name, value in found.items() if _is_finite(value)} for key, found in known.items()}
 

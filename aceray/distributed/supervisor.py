@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,27 +18,22 @@ from typing import Any, Literal
 import ray
 import ray.train
 import torch
-from ray.exceptions import (
-    GetTimeoutError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import GetTimeoutError, RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
 from aceray.data.location import Location
-from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
+from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles, streamed_stack
 from aceray.distributed import notice
 from aceray.distributed.cluster import WorkerResources, connect, reserve
-from aceray.distributed.ingest import collect, plan_reading
+from aceray.distributed.failures import known_error, own_error
+from aceray.distributed.ingest import collect, parts_by_ray_data, plan_reading
+from aceray.distributed.memory import fits, room
 from aceray.distributed.monitor import DeviceMonitor
 from aceray.distributed.share import Place, Share, within_memory
 from aceray.distributed.shared_storage import check_shared
-from aceray.errors import AcerayError, ClusterError
+from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.train.loop import Progress
 
@@ -65,13 +60,6 @@ Told = Literal["", "driver", "worker"]
 """Who was told to end: nobody, the driver, by which the run ends, or a worker, whose successor goes on with it."""
 _heard: list[Told] = []  # in a worker's process
 _ADVICE_TO_RESUME = "the workers were told to end and have kept a checkpoint; resume from it (--existing resume)"
-_LIMITS = {
-    OutOfMemoryError: "the memory of a node is used up: use fewer workers or trials a node, lower train.batch or "
-    "data.box, or end what else runs there; then resume",
-    ObjectStoreFullError: "Ray's shared memory is full: lower data.box, or start Ray with a larger object store",
-    OutOfDiskError: "Ray moves to disk what its shared memory cannot hold, and that disk is full: free some space in "
-    "its folder (RAY_TMPDIR, /tmp/ray), or start Ray with a larger object store",
-}
 ShareOfRun = Callable[[Config, RunFolder, ParticleSet, ParticleStack, Place], Generator[Progress, None, Share]]
 
 
@@ -146,6 +134,7 @@ class Supervisor:
             train_loop_config={
                 "task": task,
                 "gpus": resources.gpus,
+                "tasks_at_once": tasks_at_once,
                 "supervisor": ray.get_runtime_context().current_actor,
             },
             datasets={
@@ -177,7 +166,7 @@ class StopOnKnownError(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller, which gives up when this raises."""
         for error in worker_exceptions.values():
-            known = _own_error(error)
+            known = own_error(error)
             if known is not None and not isinstance(known, WorkerEndedError):
                 raise known
 
@@ -238,38 +227,6 @@ def _stop(supervisor: Any) -> None:
         remove_placement_group(group)
 
 
-def known_error(error: BaseException | None) -> AcerayError | None:
-    """What the user can act on inside the wrappers in which Ray brings an error from another process, or None."""
-    return _own_error(error) or _limit_error(error)
-
-
-def _own_error(error: BaseException | None) -> AcerayError | None:
-    # Ray's wrapper of a task's error is made to look like an instance of its class, with another message
-    own = (each for each in _unwrapped(error) if isinstance(each, AcerayError) and not isinstance(each, RayError))
-    return next(own, None)
-
-
-def _limit_error(error: BaseException | None) -> ClusterError | None:
-    for found in _unwrapped(error):
-        for kind, advice in _LIMITS.items():
-            if isinstance(found, kind) and not isinstance(found, RayTaskError):
-                return ClusterError(f"{' '.join(str(found).split())[:160]} …; {advice}")
-    return None
-
-
-def _unwrapped(error: BaseException | None) -> Iterator[BaseException]:
-    waiting, seen = [error], set()
-    while waiting:
-        error = waiting.pop()
-        if not isinstance(error, BaseException) or id(error) in seen:
-            continue
-        seen.add(id(error))
-        yield error
-        waiting += [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
-        waiting += [getattr(error, "_base_exc", None), getattr(error, "health_check_failure", None)]
-        waiting += getattr(error, "worker_failures", {}).values()
-
-
 def _explained(error: RayError, folder: RunFolder) -> BaseException:
     """What the user should see of an error that ended the run on the cluster; our own bugs keep their traceback."""
     known = known_error(error)
@@ -303,22 +260,30 @@ def _work(settings: dict[str, Any]) -> None:
     device = get_device() if settings["gpus"] else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place = Place(context.get_world_rank(), context.get_world_size(), str(device))
+    read = parts_by_ray_data(settings["tasks_at_once"])
+    place = Place(context.get_world_rank(), context.get_world_size(), str(device), read)
     if place.rank == 0:
         supervisor.hold.remote(get_current_placement_group())
     torch.set_num_threads(task.config.train.threads or max(1, int(task.config.resources.cpus_per_worker)))
-    particles: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
     ray.get_runtime_context().current_actor.__ray_call__.remote(_hear_sigterm)
     try:
         with within_memory(), contextlib.closing(DeviceMonitor(RunFolder(task.folder))) as monitor:
-            stack = collect(particles)
             opened = open_particles(task.particles, task.config.data.half_set)
-            progress = task.work(task.config, RunFolder(task.folder), opened, stack, place)
+            progress = task.work(task.config, RunFolder(task.folder), opened, _stack(task, opened, place), place)
             monitor.wake()
             share = _post(_averaged(progress, place), supervisor, place)
     except KeyboardInterrupt as end:
         raise (EndedError if "driver" in _heard else WorkerEndedError)(_ADVICE_TO_RESUME) from end
     ray.get(supervisor.deliver.remote(place.rank, share))
+
+
+def _stack(task: Task, particles: ParticleSet, place: Place) -> ParticleStack:
+    """The particles of this worker: all of them by Ray Data, or a stream that reads by it."""
+    groups = task.groups[place.rank]
+    if fits(task.config, particles, groups, task.box, place.device):
+        planned: Any = ray.train.get_dataset_shard(f"particles_{place.rank}")
+        return collect(planned)
+    return streamed_stack(particles, groups, task.box, room(task.config), place.read)
 
 
 def _hear_sigterm(actor: object) -> None:

@@ -21,10 +21,10 @@ from ray.exceptions import RayError
 
 from aceray.config import Config
 from aceray.distributed.cluster import connect, reserve
+from aceray.distributed.failures import known_error
 from aceray.distributed.shared_storage import check_shared
 from aceray.distributed.shelf import open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
-from aceray.distributed.supervisor import known_error
 from aceray.distributed.trial import (
     ENDED,
     Report,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
+from aceray.data.stream import StreamedImages
 from aceray.em.fourier import HalfDisc, frequency_index
 from aceray.train.statistics import sum_over_workers
 
@@ -78,7 +79,7 @@ class Background:
 
 
 def measure_background(
-    images: Float[Tensor, "n d d"],
+    images: Float[Tensor, "n d d"] | StreamedImages,
     lanes: Sequence[Tensor],
     radius_fraction: float,
     device: torch.device | str = "cpu",

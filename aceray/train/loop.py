@@ -126,7 +126,7 @@ class Trainer:
     def calibrate(self) -> None:
         """Set the encoder up for inference on real images, alike on all workers."""
         rows = self.sampler.lanes[0].rows[:_CALIBRATION_PARTICLES]
-        calibrate_normalisation(self.model, self.sampler.particles.take(rows))
+        calibrate_normalisation(self.model, self.sampler.particles, rows)
         broadcast_from_first(list(self.model.buffers()))
 
     def scores(self) -> dict[str, float]:

@@ -142,8 +142,8 @@ def _scaled(state: TrueState) -> TrueState:
 
 
 def _chunks(state: TrueState) -> Iterator[tuple[Tensor, Images]]:
-    for index in torch.arange(len(state.particles), device=state.disc.radius.device).split(_CHUNK):
-        yield index, _images(state, index)
+    for index, coefficients in state.particles.chunks(_CHUNK):
+        yield index, Images(coefficients, state.particles.transfer(index, state.disc))
 
 
 def _images(state: TrueState, index: Tensor) -> Images:

@@ -1,6 +1,7 @@
 """From stored particles to what the model sees, and from a trained model to the poses of particles."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from aceray.data.particles import ParticleStack
+from aceray.data.stream import StreamedImages
 from aceray.em.ctf import CtfParameters, ctf_on_disc
 from aceray.em.dihedral import ELEMENTS, coefficient_tables, element_rotations, transform_coefficients
 from aceray.em.fourier import HalfDisc
@@ -18,19 +20,54 @@ _CHUNK = 1024
 
 
 @dataclass(frozen=True)
+class StreamedCoefficients:
+    """Half-disc coefficients (n, p) of images that are not all in memory, on the disc's device, times `scale`.
+
+    They are transformed when they are asked for: by rows, as those of a tensor, or as images that were read already.
+    """
+
+    images: StreamedImages
+    disc: HalfDisc
+    scale: float = 1.0
+
+    def __getitem__(self, rows: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
+        return self.of(self.images[rows])
+
+    def of(self, images: Float[Tensor, "b d d"]) -> Complex[Tensor, "b p"]:
+        """Those of some of the images."""
+        return self.disc.gather(images.to(self.disc.radius.device)).mul_(self.scale)
+
+
+@dataclass(frozen=True)
 class Particles:
     """Particles as half-disc coefficients of the training box, scaled to unit signal; pixel size of that box."""
 
-    coefficients: Complex[Tensor, "n p"]
+    coefficients: Complex[Tensor, "n p"] | StreamedCoefficients
     ctf: CtfParameters | None
     particle_id: Int[Tensor, " n"]
     pixel_size_angstrom: float
 
     def __len__(self) -> int:
-        return len(self.coefficients)
+        return len(self.particle_id)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the coefficients are."""
+        held = self.coefficients
+        return held.disc.radius.device if isinstance(held, StreamedCoefficients) else held.device
+
+    def chunks(self, size: int) -> Iterator[tuple[Int[Tensor, " b"], Complex[Tensor, "b p"]]]:
+        """All coefficients in their order, `size` particles at a time, with their rows."""
+        held = self.coefficients
+        if isinstance(held, StreamedCoefficients):
+            for rows, images in held.images.chunks(size):
+                yield rows.to(self.device), held.of(images)
+            return
+        for rows in torch.arange(len(self), device=self.device).split(size):
+            yield rows, held[rows]
 
     def take(self, index: Tensor) -> "Particles":
-        """A selection of the particles."""
+        """A selection of the particles, in memory."""
         ctf = None if self.ctf is None else self.ctf.take(index)
         return Particles(self.coefficients[index], ctf, self.particle_id[index.cpu()], self.pixel_size_angstrom)
 
@@ -39,18 +76,23 @@ class Particles:
         return None if self.ctf is None else ctf_on_disc(self.ctf.take(index), disc, self.pixel_size_angstrom)
 
     def scaled(self, factor: float) -> "Particles":
-        """The same particles with every coefficient multiplied, in place: the set may fill most of the memory."""
+        """The same particles with every coefficient multiplied; a tensor in place: it may fill most of the memory."""
+        if isinstance(self.coefficients, StreamedCoefficients):
+            return replace(self, coefficients=replace(self.coefficients, scale=self.coefficients.scale * factor))
         self.coefficients.mul_(factor)
         return self
 
 
 def particles_from_stack(stack: ParticleStack, disc: HalfDisc, pixel_size_angstrom: float) -> Particles:
-    """Transform a stack of images of the disc's box once and for all; on the disc's device, in the images' units."""
-    device = disc.radius.device
-    coefficients = [
-        disc.gather(stack.images[start : start + _CHUNK].to(device)) for start in range(0, len(stack), _CHUNK)
-    ]
+    """Transform a stack of images of the disc's box, once and for all unless they are streamed.
+
+    On the disc's device, in the images' units.
+    """
+    device, images = disc.radius.device, stack.images
     ctf = None if stack.ctf is None else stack.ctf.to(device)
+    if isinstance(images, StreamedImages):
+        return Particles(StreamedCoefficients(images, disc), ctf, stack.particle_id, pixel_size_angstrom)
+    coefficients = [disc.gather(images[start : start + _CHUNK].to(device)) for start in range(0, len(stack), _CHUNK)]
     return Particles(torch.cat(coefficients), ctf, stack.particle_id, pixel_size_angstrom)
 
 
@@ -77,8 +119,8 @@ class Rendering(NamedTuple):
 
 
 @torch.no_grad()
-def calibrate_normalisation(model: AutoEncoder, particles: Particles) -> None:
-    """Replace the running statistics of batch normalisation by those of these images.
+def calibrate_normalisation(model: AutoEncoder, particles: Particles, rows: Int[Tensor, " b"] | None = None) -> None:
+    """Replace the running statistics of batch normalisation by those of these images, or of some rows of them.
 
     While training they mix real with rendered images; inference sees real ones alone (MLP, 5NRL at 0 dB: the median
     error falls by a fifth against the mixture).
@@ -89,7 +131,8 @@ def calibrate_normalisation(model: AutoEncoder, particles: Particles) -> None:
         layer.reset_running_stats()
         layer.momentum = None
     model.encoder.train()
-    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
+    rows = torch.arange(len(particles)) if rows is None else rows
+    for index in rows.to(particles.device).split(_CHUNK):
         if len(index) > 1:
             model.encoder(particles.coefficients[index], particles.transfer(index, model.disc))
     for layer, momentum in zip(layers, momenta, strict=True):
@@ -114,8 +157,8 @@ def predict(model: AutoEncoder, particles: Particles, stored_box: int) -> Poses:
     model.eval()
     transform = model.decoder.transform()
     parts = []
-    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
-        images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
+    for index, images in particles.chunks(_CHUNK):
+        ctf = particles.transfer(index, model.disc)
         found = best_poses(model, transform, images, ctf)
         parts.append((found.rotation, found.shift_px, model.residual(found.coefficients, images)))
     model.train(training)
@@ -145,8 +188,8 @@ def predict_eightfold(model: AutoEncoder, particles: Particles, stored_box: int)
     model.eval()
     transform, parts = model.decoder.transform(), []
     tables, turns = coefficient_tables(model.disc), element_rotations(model.disc.radius.device)
-    for index in torch.arange(len(particles), device=particles.coefficients.device).split(_CHUNK):
-        images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
+    for index, images in particles.chunks(_CHUNK):
+        ctf = particles.transfer(index, model.disc)
         found = []
         for number in range(ELEMENTS):
             element = torch.full((len(index),), number, device=index.device)

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
-from aceray.train.predict import Particles
+from aceray.train.predict import Particles, StreamedCoefficients
 from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell, joined
 from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
 from aceray.train.statistics import sum_over_workers
@@ -103,7 +103,9 @@ class Limits:
 class Level:
     """A worker's particles, Fourier-cropped to a round's box.
 
-    `power` is the images' mean power in each shell, that of all workers' particles unless it is given.
+    Of streamed particles the cropped coefficients are held where half of the memory for images is enough: rounds at a
+    small box then read them once. `power` is the images' mean power in each shell, that of all workers' particles
+    unless it is given.
     """
 
     def __init__(
@@ -113,17 +115,35 @@ class Level:
         self._index = _inside(disc, self.disc)
         self._particles = particles
         self._pixel_size_angstrom = particles.pixel_size_angstrom * disc.box / box
+        self._held = self._gathered()
         self.power = self._power() if power is None else power
         self.weight = self.disc.weight / self.power[self.disc.shell]
 
     def chunks(self) -> Iterator[tuple[Int[Tensor, " b"], Images]]:
         """All images, a few hundred at a time, with their rows."""
-        for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
-            yield rows, self._images(rows)
+        for rows, coefficients in self._coefficients():
+            yield rows, self._images(rows, coefficients)
 
-    def _images(self, rows: Int[Tensor, " b"]) -> Images:
+    def _coefficients(self) -> Iterator[tuple[Int[Tensor, " b"], Complex[Tensor, "b q"]]]:
+        if self._held is not None:
+            for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
+                yield rows, self._held[rows]
+            return
+        for rows, coefficients in self._particles.chunks(_CHUNK):
+            yield rows, coefficients[:, self._index]
+
+    def _gathered(self) -> Complex[Tensor, "n q"] | None:
+        """The cropped coefficients of streamed particles, if they fit."""
+        source, shape = self._particles.coefficients, (len(self._particles), len(self._index))
+        if not isinstance(source, StreamedCoefficients) or 8 * shape[0] * shape[1] > source.images.most_bytes // 2:
+            return None
+        held = torch.empty(shape, dtype=torch.complex64, device=self._index.device)
+        for rows, coefficients in self._particles.chunks(_CHUNK):
+            held[rows] = coefficients[:, self._index]
+        return held
+
+    def _images(self, rows: Int[Tensor, " b"], coefficients: Complex[Tensor, "b q"]) -> Images:
         ctf = self._particles.ctf
-        coefficients = self._particles.coefficients[rows][:, self._index]
         if ctf is None:
             return Images(coefficients, None)
         cropped = Particles(coefficients, ctf.take(rows), rows.cpu(), self._pixel_size_angstrom)
@@ -133,8 +153,8 @@ class Level:
         """Mean power of the images of all workers in each shell."""
         shells = int(self.disc.shell.max()) + 1
         power = torch.zeros(2, shells, device=self.disc.radius.device)
-        for rows in torch.arange(len(self._particles), device=self._index.device).split(_CHUNK):
-            squared = torch.view_as_real(self._particles.coefficients[rows][:, self._index]).square().sum((0, -1))
+        for rows, coefficients in self._coefficients():
+            squared = torch.view_as_real(coefficients).square().sum((0, -1))
             power[0].index_add_(0, self.disc.shell, squared)
             power[1].index_add_(0, self.disc.shell, torch.full_like(self.disc.radius, len(rows)))
         total, count = sum_over_workers(power)
@@ -181,6 +201,7 @@ class Refiner:
         while state.done < len(self.rounds):
             plan = self.rounds[state.done]
             if level is None or level.disc.box != plan.box:
+                level = None  # what it holds goes before what the next one holds comes
                 level = Level(self.particles, self.disc, plan.box)
                 state = replace(state, maps=self._maps(level, state.table))
             if state.moved <= self._limits.settled:

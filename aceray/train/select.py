@@ -51,8 +51,8 @@ def dihedral_metrics(model: AutoEncoder, particles: Particles, rotation: Float[T
 
     Of several candidate poses of a turned image the one counts whose rendering is nearest to it, as in `predict`.
     """
-    few = particles.take(torch.arange(min(_DIHEDRAL_PARTICLES, len(particles)), device=particles.coefficients.device))
-    ctf = few.transfer(torch.arange(len(few), device=few.coefficients.device), model.disc)
+    few = particles.take(torch.arange(min(_DIHEDRAL_PARTICLES, len(particles)), device=particles.device))
+    ctf = few.transfer(torch.arange(len(few), device=few.device), model.disc)
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -61,7 +61,8 @@ def dihedral_metrics(model: AutoEncoder, particles: Particles, rotation: Float[T
         def rotations_of(images: Tensor, ctf: Tensor | None) -> Tensor:
             return best_poses(model, transform, images, ctf).rotation
 
-        errors = dihedral_errors(rotations_of, rotation[: len(few)], few.coefficients, ctf, model.disc)
+        every = torch.arange(len(few), device=few.device)
+        errors = dihedral_errors(rotations_of, rotation[: len(few)], few.coefficients[every], ctf, model.disc)
     model.train(training)
     return {
         "select/d4_consistency": float(errors.mean()),
@@ -126,12 +127,12 @@ def _power(
     model: AutoEncoder, particles: Particles, poses: Poses, stored_box: int
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Mean squared modulus per coefficient of the difference of image and rendering, and of the image."""
-    transform, device = model.decoder.transform(), particles.coefficients.device
+    transform, device = model.decoder.transform(), particles.device
     rotation = poses.rotation.to(device)
     shift_px = poses.shift_px.to(device) * (model.disc.box / stored_box)
     residual, image = torch.zeros(2, len(model.disc), device=device)
-    for index in torch.arange(len(particles), device=device).split(_CHUNK):
-        images, ctf = particles.coefficients[index], particles.transfer(index, model.disc)
+    for index, images in particles.chunks(_CHUNK):
+        ctf = particles.transfer(index, model.disc)
         rendered = model.render(transform, rotation[index], shift_px[index], ctf)
         residual += torch.view_as_real(rendered - images).square().sum((0, -1))
         image += torch.view_as_real(images).square().sum((0, -1))

@@ -57,8 +57,8 @@ def image_statistics(
     shells = int(disc.shell.max()) + 1
     power = torch.zeros(shells, device=disc.radius.device)
     transfer = torch.zeros_like(power)
-    for index in torch.arange(len(particles), device=power.device).split(_CHUNK):
-        power.index_add_(0, disc.shell, torch.view_as_real(particles.coefficients[index]).square().sum((0, -1)))
+    for index, coefficients in particles.chunks(_CHUNK):
+        power.index_add_(0, disc.shell, torch.view_as_real(coefficients).square().sum((0, -1)))
         ctf = particles.transfer(index, disc)
         squared = torch.full_like(disc.radius, len(index)) if ctf is None else ctf.square().sum(0)
         transfer.index_add_(0, disc.shell, squared)

@@ -8,8 +8,8 @@ import torch
 
 from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_particles
 from aceray.distributed import ingest
+from aceray.distributed.failures import known_error
 from aceray.distributed.ingest import collect, ordered, plan_reading, read_here, tasks
-from aceray.distributed.supervisor import known_error
 from aceray.errors import DataError
 
 

@@ -13,9 +13,10 @@ import torch
 
 from aceray.config import Config
 from aceray.distributed import supervisor
+from aceray.distributed.failures import known_error
 from aceray.distributed.run import run
 from aceray.distributed.share import Place, Share
-from aceray.distributed.supervisor import _averaged, known_error
+from aceray.distributed.supervisor import _averaged
 from aceray.errors import ClusterError, DataError, NonFiniteLoss
 from aceray.folder import RunFolder
 from aceray.train.loop import Progress, Snapshot

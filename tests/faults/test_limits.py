@@ -17,8 +17,8 @@ from aceray.config import Config
 from aceray.data.particles import open_particles
 from aceray.distributed import supervisor
 from aceray.distributed.cluster import connect
+from aceray.distributed.failures import known_error
 from aceray.distributed.run import run
-from aceray.distributed.supervisor import known_error
 from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.presets import load_config

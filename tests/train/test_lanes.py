@@ -1,13 +1,18 @@
 """Where batches come from: every particle once an epoch, streams that never meet, draws that can be repeated."""
 
+from collections.abc import Iterator, Sequence
+
+import pytest
 import torch
 from torch.testing import assert_close
 
+from aceray.data.stream import Buffer, StreamedImages
 from aceray.em.dihedral import element_rotations
 from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
 from aceray.train.background import ColouredNoise, WhiteNoise
 from aceray.train.lanes import Lane, Sampler
+from aceray.train.predict import Particles, StreamedCoefficients
 from tests.train.phantom import BOX, projections
 
 COUNT, BATCH = 20, 6
@@ -137,3 +142,108 @@ def test_views_disturb_neither_the_images_nor_their_augmentation() -> None:
     plain, pairs = sampler().images(2, True), sampler().images(2, True, "generalised")
     assert torch.equal(plain.coefficients, pairs.coefficients)
     assert torch.equal(plain.ctf, pairs.ctf)
+
+
+# ---- windows of streamed images
+
+ROWS, PART = 50, 4
+DISC = HalfDisc(BOX)
+
+
+def images() -> torch.Tensor:
+    """Images whose mean is their number."""
+    return torch.arange(ROWS, dtype=torch.float32)[:, None, None].expand(-1, BOX, BOX)
+
+
+def windowed(parts_held: int, lanes: int = 1, seed: int = 1, batch: int = BATCH) -> Sampler:
+    """A sampler of 50 streamed images in 13 parts, of which so many may be held; every lanes-th part is a lane's."""
+    counts = [PART] * (ROWS // PART) + [ROWS % PART]
+
+    def read(parts: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part in parts:
+            rows = torch.arange(PART * part, PART * part + counts[part])
+            yield rows, images()[rows]
+
+    streamed = StreamedImages(torch.arange(ROWS), counts, BOX, read, parts_held * PART * BOX**2 * 4)
+    particles = Particles(StreamedCoefficients(streamed, DISC), None, torch.arange(ROWS), 4.0)
+    every = torch.arange(ROWS)
+    rows = [Lane(number, every[(every // PART) % lanes == number]) for number in range(lanes)]
+    return Sampler(particles, rows, DISC, seed, batch, 4)
+
+
+def numbers(source: Sampler, step: int) -> list[int]:
+    """Which images a batch has, by what they show."""
+    origin = source.images(step, augment=False).coefficients[:, DISC.radius == 0].real[:, 0]
+    return (origin / BOX).round().long().tolist()
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("batch", [6, 30])
+@pytest.mark.parametrize("held", [4, 8])
+def test_windows_give_every_particle_once_an_epoch(held: int, batch: int, lanes: int) -> None:
+    source = windowed(held, lanes, batch=batch)
+    for lane in source.lanes:
+        drawn, first = [], lane.number * batch
+        for step in range(1, 1 + -(-3 * ROWS // batch)):
+            drawn += numbers(source, step)[first : first + batch]
+        count = len(lane.rows)
+        epochs = [drawn[start : start + count] for start in range(0, 3 * count, count)]
+        assert all(sorted(epoch) == lane.rows.tolist() for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2]
+        # a window of held / 2 / lanes parts is emptied before the next one is begun
+        window = held // 2 // lanes * PART
+        assert len({row // PART for row in epochs[0][: window - PART]}) <= held // 2 // lanes
+        assert epochs[0][:window] != sorted(epochs[0][:window])
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_no_more_parts_than_allowed_are_held(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, most, keep = windowed(8, lanes), 0, Buffer.keep
+
+    def counted(buffer: Buffer, *args: Sequence[int]) -> None:
+        nonlocal most
+        keep(buffer, *args)
+        most = max(most, sum(len(each.held) for each in source._buffers.values()))
+
+    monkeypatch.setattr(Buffer, "keep", counted)
+    for step in range(1, 30):
+        source.images(step, augment=True)
+    # 13 parts make windows of 4 and 3
+    assert 7 <= most <= 8
+
+
+def test_a_window_that_holds_everything_draws_as_from_memory() -> None:
+    source = windowed(13)
+    memory = Sampler(Particles(DISC.gather(images()), None, torch.arange(ROWS), 4.0), source.lanes, DISC, 1, BATCH, 4)
+    for step in (1, 2, 9, 10):
+        one, other = source.images(step, True), memory.images(step, True)
+        assert torch.equal(one.coefficients, other.coefficients)
+
+
+def test_a_step_of_windows_can_be_drawn_again_in_any_order() -> None:
+    source = windowed(4)
+    drawn = {step: numbers(source, step) for step in range(1, 20)}
+    again = windowed(4)
+    for step in (17, 3, 9, 10):
+        assert numbers(again, step) == drawn[step]
+    assert numbers(windowed(4, seed=2), 3) != drawn[3]
+    assert numbers(windowed(8), 3) != drawn[3]
+
+
+def test_windows_of_a_lane_do_not_depend_on_who_else_is_there() -> None:
+    """Two workers with a lane each draw what one with both and twice the memory draws."""
+    both, every = windowed(8, lanes=2), torch.arange(ROWS)
+    for number in range(2):
+        rows = every[(every // PART) % 2 == number]
+        counts = [int((rows // PART == part).sum()) for part in range(number, 13, 2)]
+
+        def read(parts: Sequence[int], rows: torch.Tensor = rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for part in parts:
+                mine = rows[PART * part : PART * part + PART]
+                yield mine, images()[mine]
+
+        streamed = StreamedImages(rows, counts, BOX, read, 4 * PART * BOX**2 * 4)
+        particles = Particles(StreamedCoefficients(streamed, DISC), None, rows, 4.0)
+        alone = Sampler(particles, [Lane(number, torch.arange(len(rows)))], DISC, 1, BATCH, 4)
+        for step in (1, 4, 8):
+            assert numbers(alone, step) == numbers(both, step)[number * BATCH : (number + 1) * BATCH]
