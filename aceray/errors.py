@@ -1,11 +1,15 @@
 """Errors that a user can act on: one line that says where, what was found and what to do."""
 
+LONGEST_LINE = 2000  # characters of a message
+
 
 class AcerayError(Exception):
     """A mistake in what aceray was given; the command line prints it as one line and exits with code 2."""
 
     def __init__(self, message: str) -> None:
-        self.line = " ".join(message.split())
+        line = " ".join(message.split())
+        # what was found may be of any length; where it stands and what to do are at the ends
+        self.line = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 4 :]}"
         super().__init__(self.line)
 
     def __str__(self) -> str:

@@ -69,6 +69,10 @@ def read_star_file(path: Location) -> StarFile:
         raise storage_error(path, error, "read") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as a STAR file ({error}); check it.") from error
+    for name, block in blocks.items():
+        if isinstance(block, pd.DataFrame) and block.columns.has_duplicates:
+            twice = block.columns[block.columns.duplicated()][0]
+            raise DataError(f"{path}: block data_{name} has the column {twice} twice; correct the file.")
     optics = next((name for name in blocks if name.lower() == "optics"), None)
     tables = {name: len(block) for name, block in blocks.items() if isinstance(block, pd.DataFrame) and name != optics}
     named = [name for name in tables if name.lower() == "particles"]
