@@ -171,14 +171,11 @@ def _predicted(
         return
     import ray
 
-    from aceray.distributed.cluster import connect
+    from aceray.distributed.cluster import connect, prepare_ray_data
     from aceray.distributed.failures import known_error
 
     with connect(settings.address):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.raise_original_map_exception = True  # a DataError stays one
+        prepare_ray_data()
         if isinstance(source, FromStacks):
             source = dataclasses.replace(source, file=None)
         planned = ray.data.from_items([{"portion": index} for index in range(len(portions))])

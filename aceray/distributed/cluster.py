@@ -1,6 +1,7 @@
 """Connecting to Ray, and asking whether it can give the workers of a run before a run waits for them."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ for _key, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENAB
 
 import psutil  # noqa: E402
 import ray  # noqa: E402
+import ray.data  # noqa: E402
 from ray.exceptions import AuthenticationError  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
@@ -67,6 +69,19 @@ def connect(address: str | None, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         _end()  # also when an interrupt came while it started
+
+
+def prepare_ray_data(*, in_order: bool = False) -> None:
+    """Ray Data without bars of its own, with the errors of its tasks as they were raised; results as they come, or in
+    the order of what they are made of."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a DataError stays one
+    context.execution_options.preserve_order = in_order
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the screen; its file keeps everything
+            handler.setLevel(logging.ERROR)
 
 
 def check_answers(address: str) -> None:

@@ -1,4 +1,4 @@
-"""Real particles to a dataset: checked first, converted shard by shard, here or by Ray tasks; a stop can be resumed."""
+"""Real particles to a dataset: checked first, converted shard by shard, here or by Ray Data; a stop can be resumed."""
 
 import csv
 import dataclasses

@@ -53,11 +53,9 @@ def plan_reading(particles: ParticleSet, groups: list[RowGroup], box: int, tasks
     """A Ray data set, not executed yet, whose tasks read, verify, decode and crop the row groups of one worker."""
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # a DataError stays one
-    context.execution_options.preserve_order = True  # a stream takes its parts as they were asked for
+    from aceray.distributed.cluster import prepare_ray_data
+
+    prepare_ray_data(in_order=True)  # a stream takes its parts as they were asked for
     portions = [{"groups": [dataclasses.astuple(group) for group in part]} for part in tasks(particles, groups, box)]
     # from_items places the plan in the object store; reading a data source would need a task with a whole core.
     planned = ray.data.from_items(portions, override_num_blocks=len(portions))

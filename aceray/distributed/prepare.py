@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from aceray.config import Config, Resources, Simulation
 from aceray.data.location import Location, location
 from aceray.data.manifest import ImageLayout
@@ -16,7 +18,7 @@ from aceray.data.simulate import CtfRanges, Plan, Recipe, plan, simulate_shard
 from aceray.data.storage import exclusive
 from aceray.data.writer import ParticleWriter, WrittenShard, write_shard
 from aceray.distributed.monitor import DataMonitor
-from aceray.errors import AcerayError, ClusterError, ConfigError, DataError
+from aceray.errors import ClusterError, ConfigError, DataError
 
 # Below this Ray takes longer to start than the images to compute: 32,768 images of 32 px, 2,048 of 128 px.
 _PIXELS_WORTH_RAY = 2**25
@@ -142,7 +144,7 @@ def _make_shards_on_ray(planned: Plan, folder: Location, resources: Resources) -
 def results_of_tasks(
     function: Callable[..., Made], plan: Any, arguments: Mapping[int, tuple], address: str | None, at_once: int
 ) -> Iterator[tuple[int, Made]]:
-    """`function(plan, *arguments[key])` by Ray tasks of a core each, so many at once; key and result as they come.
+    """`function(plan, *arguments[key])` by Ray Data, a core each and so many at once; key and result as they come.
 
     Raises:
         AcerayError: what a task raised.
@@ -150,37 +152,38 @@ def results_of_tasks(
     """
     import ray
 
-    from aceray.distributed.cluster import connect
+    from aceray.distributed.cluster import connect, prepare_ray_data
+    from aceray.distributed.failures import known_error
 
     with connect(address):
-        task = ray.remote(function).options(num_cpus=1)
-        stored = ray.put(plan)
-        waiting = list(reversed(arguments))
-        running: dict[Any, int] = {}
+        prepare_ray_data()
+        keys = ray.data.from_items([{"key": key} for key in arguments], override_num_blocks=len(arguments))
+        made = keys.map_batches(
+            _Make(function, ray.put(plan), dict(arguments)),
+            batch_size=1,
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=min(at_once, len(arguments))),
+        )
         try:
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    key = waiting.pop()
-                    running[task.remote(stored, *arguments[key])] = key
-                ready, _ = ray.wait(list(running), num_returns=1)
-                yield running.pop(ready[0]), _result(ready[0])
-        finally:
-            for reference in running:
-                ray.cancel(reference)
-            # a task that still writes would outlive the folder it writes to
-            ray.wait(list(running), num_returns=len(running), timeout=30) if running else None
+            for row in made.iter_rows():
+                yield int(row["key"]), row["made"]
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise known_error(error) or ClusterError(
+                f"Ray lost a task that makes a shard ({reason}); check the nodes' memory."
+            ) from error
 
 
-def _result(reference: Any) -> Any:
-    import ray
-    import ray.exceptions
+class _Make:
+    """What a task of Ray Data does: the results of the keys it is given."""
 
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, AcerayError):
-            raise error.cause from error
-        raise
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ClusterError(f"Ray lost a task that makes a shard ({reason}); check the nodes' memory.") from error
+    def __init__(self, function: Callable[..., Any], plan: Any, arguments: Mapping[int, tuple]) -> None:
+        self._function, self._plan, self._arguments = function, plan, arguments
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import ray
+
+        keys = batch["key"].tolist()
+        made = np.empty(len(keys), dtype=object)
+        made[:] = [self._function(ray.get(self._plan), *self._arguments[key]) for key in keys]
+        return {"key": batch["key"], "made": made}

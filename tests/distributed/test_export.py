@@ -212,7 +212,6 @@ def test_particles_that_do_not_fit_the_run(trained, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own defaults
 def test_ray_datas_actors_give_the_same_poses(trained, tmp_path):
     _, star, result = trained
     here = aceray.predict(result.folder, star, tmp_path / "here")

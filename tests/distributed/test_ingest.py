@@ -63,7 +63,6 @@ def test_a_half_set_without_particles_is_named(particle_set: ParticleSet) -> Non
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own defaults
 def test_ray_data_reads_the_same(particle_set: ParticleSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "BYTES_A_TASK", 1)
     groups = particle_set.row_groups()[::-1]

@@ -150,7 +150,6 @@ def test_two_streaming_workers_do_what_one_does_with_twice_the_memory(windows: R
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own defaults
 def test_ray_data_streams_the_same(many: ParticleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "BYTES_A_TASK", 1)
     plans: list[int] = []
