@@ -20,6 +20,7 @@ for _key, _value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENAB
 import psutil  # noqa: E402
 import ray  # noqa: E402
 import ray.data  # noqa: E402
+from ray._private.log import PlainRayHandler  # noqa: E402
 from ray.exceptions import AuthenticationError  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
@@ -80,7 +81,7 @@ def prepare_ray_data(*, in_order: bool = False) -> None:
     context.raise_original_map_exception = True  # a DataError stays one
     context.execution_options.preserve_order = in_order
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the screen; its file keeps everything
+        if isinstance(handler, PlainRayHandler):  # Ray's own to the screen; its file and the user's handlers stay
             handler.setLevel(logging.ERROR)
 
 

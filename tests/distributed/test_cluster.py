@@ -1,5 +1,6 @@
 """Connecting to Ray, and what is said when it cannot give what is asked."""
 
+import logging
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ import ray
 
 from aceray.config import Resources
 from aceray.distributed import cluster
-from aceray.distributed.cluster import WorkerResources, check_answers, connect, reserve
+from aceray.distributed.cluster import WorkerResources, check_answers, connect, prepare_ray_data, reserve
 from aceray.errors import ClusterError
 
 
@@ -98,3 +99,16 @@ def test_an_address_where_nothing_answers(address: str) -> None:
 @pytest.mark.parametrize("address", ["auto", "local"])
 def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
     check_answers(address)
+
+
+def test_ray_data_is_quiet_on_the_screen_and_loud_to_the_user(caplog: pytest.LogCaptureFixture) -> None:
+    """Handlers of others, the user's stream or pytest's own, take what they took before."""
+    logger, mine = logging.getLogger("ray.data"), logging.StreamHandler()
+    logger.addHandler(mine)
+    try:
+        prepare_ray_data()
+        levels = {type(handler).__name__: handler.level for handler in logger.handlers}
+    finally:
+        logger.removeHandler(mine)
+    assert levels["PlainRayHandler"] == logging.ERROR
+    assert mine.level == caplog.handler.level == logging.NOTSET
