@@ -25,7 +25,8 @@ newer_checkpoint() {
     [[ -n $(find runs studies -name 'step-*.safetensors' -newer "$1" -print -quit 2>/dev/null) ]]
 }
 
-# run_until_limit ADDRESS VERB ARGUMENTS...: `aceray VERB ARGUMENTS` on the cluster, from where it was
+# run_until_limit ADDRESS VERB ARGUMENTS...: `aceray VERB ARGUMENTS` on the cluster, from where it was. Where `aceray` is
+# a function whose process is not the run's own, it writes that one's number to "$marks/driver".
 run_until_limit() {
     local address=$1 verb=$2 driver code=0
     shift 2
@@ -58,8 +59,9 @@ run_until_limit() {
         wait "$driver" || code=$?
         return "$code"
     fi
+    if [[ -e $marks/driver ]]; then driver=$(<"$marks/driver"); fi
     kill -TERM "$driver"
-    wait "$driver" || true
+    while kill -0 "$driver" 2>/dev/null; do sleep 1; done
     if ! newer_checkpoint "$marks/begun"; then
         echo "error: no checkpoint since the job began; not queued again. Lower train.checkpoint_every" >&2
         return 1

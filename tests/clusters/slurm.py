@@ -1,5 +1,7 @@
 """A Slurm of this machine alone, from Debian's packages: a controller and two nodes of one core, in one folder.
 
+The nodes are processes of this host, or of two hosts of their own.
+
 Nothing of the system's configuration is read or written. The nodes have no authentication and trust every local user,
 so it lives only as long as a test.
 """
@@ -10,15 +12,17 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.clusters.hosts import Host
 from tests.clusters.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
 CONFIGURATION = """\
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({here})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -62,26 +66,33 @@ def _path() -> str:
 class Slurm:
     """The daemons; `end` ends them and what they started."""
 
-    def __init__(self, folder: Path) -> None:
-        host = socket.gethostname().split(".")[0]
+    def __init__(self, folder: Path, here: str = "127.0.0.1", hosts: Sequence[Host] = ()) -> None:
+        name = socket.gethostname().split(".")[0]
         (folder / "state").mkdir(parents=True)
+        addresses = [host.address for host in hosts] or [here] * len(NODES)
         lines = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1 State=UNKNOWN"
-            for name in NODES
+            f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={free_port()} CPUs=1 State=UNKNOWN"
+            for node, address in zip(NODES, addresses, strict=True)
         ]
         self.file = folder / "slurm.conf"
-        self.file.write_text(
-            CONFIGURATION.format(host=host, port=free_port(), folder=folder, nodes="\n".join(lines)), encoding="utf-8"
-        )
+        text = CONFIGURATION.format(host=name, here=here, port=free_port(), folder=folder, nodes="\n".join(lines))
+        self.file.write_text(text, encoding="utf-8")
         self.environment = {**os.environ, "SLURM_CONF": str(self.file), "PATH": _path()}
-        daemons = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", name] for name in NODES)]
+        of_nodes = [["slurmd", "-D", "-N", node] for node in NODES]
+        if hosts:
+            of_nodes = [host.command(*command) for host, command in zip(hosts, of_nodes, strict=True)]
+        daemons = [["slurmctld", "-D"], *of_nodes]
         self._daemons = [
             subprocess.Popen(
                 command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
             )
             for command in daemons
         ]
-        self._await_nodes()
+        try:
+            self._await_nodes()
+        except BaseException:
+            self.end()
+            raise
 
     def _await_nodes(self) -> None:
         deadline = time.monotonic() + 60

@@ -1,6 +1,6 @@
 """The Slurm scripts on a real Slurm of this machine: a run on two nodes, and one that meets its time limit.
 
-Slow: each job starts a Ray on two nodes.
+Slow: each job starts a Ray on two nodes. Whole nodes are hosts of their own, as the script ends every Ray of its host.
 """
 
 import sys
@@ -12,26 +12,39 @@ import pytest
 
 from aceray.data.particles import ParticleSet
 from aceray.folder import RunFolder
-from tests.clusters import slurm
+from tests.clusters import hosts, slurm
 from tests.clusters.slurm import Slurm
 from tests.distributed.conftest import QUICK
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing() or "Slurm is there")]
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "clusters" / "slurm"
-ONE_CORE = ("--cpus-per-task=1", "--mem=0")
+# A Slurm, and `sbatch` on it with options and settings, which returns the job's number.
+Submitted = tuple[Slurm, Callable[..., str]]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     running = Slurm(tmp_path_factory.mktemp("slurm") / "s")
     yield running
     running.end()
 
 
-@pytest.fixture
-def submit(cluster: Slurm, tmp_path: Path, particle_set: ParticleSet) -> Callable[..., str]:
-    """`sbatch` of the shared-node script with a short run; returns the job's number."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if hosts.missing():
+        pytest.skip(hosts.missing())
+    with hosts.some_hosts(len(slurm.NODES)) as (here, machines):
+        running = Slurm(tmp_path_factory.mktemp("slurm") / "w", here, machines)
+        yield running
+        running.end()
+
+
+@pytest.fixture(params=["shared", "exclusive"])
+def submitted(request: pytest.FixtureRequest, tmp_path: Path, particle_set: ParticleSet) -> Submitted:
+    """`sbatch` of a script with a short run of two workers."""
+    script = request.param
+    cluster = request.getfixturevalue({"shared": "shared", "exclusive": "whole"}[script])
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "activate").write_text(
@@ -40,11 +53,14 @@ def submit(cluster: Slurm, tmp_path: Path, particle_set: ParticleSet) -> Callabl
     variables = f"ACERAY_SLURM={SCRIPTS},ACERAY_VENV={venv.parent},ACERAY_SECONDS_TO_CHECKPOINT=100"
 
     def run(options: tuple[str, ...], *settings: str) -> str:
-        shared = ("--parsable", "--nodes=2", *ONE_CORE, f"--export=ALL,{variables}", *options)
+        of_job = ("--parsable", "--nodes=2", "--mem=0", f"--export=ALL,{variables}", *options)
+        if script == "shared":
+            of_job += ("--cpus-per-task=1",)
         given = ("train", f"data.path={particle_set.path}", *QUICK, "name=x", "resources.gpu=false", *settings)
-        return cluster.run("sbatch", *shared, str(SCRIPTS / "shared.sbatch"), *given, cwd=tmp_path).strip()
+        name = str(SCRIPTS / f"{script}.sbatch")
+        return cluster.run("sbatch", *of_job, name, *given, "resources.workers=2", cwd=tmp_path).strip()
 
-    return run
+    return cluster, run
 
 
 def await_state(cluster: Slurm, number: str, *states: str, within_seconds: float = 900.0) -> dict[str, str]:
@@ -60,8 +76,9 @@ def log_of(folder: Path, number: str) -> str:
 
 
 @pytest.mark.timeout(1200)
-def test_a_run_on_shared_nodes(cluster: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
-    number = submit((), "resources.workers=2")
+def test_a_run_on_two_nodes(submitted: Submitted, tmp_path: Path) -> None:
+    cluster, submit = submitted
+    number = submit(())
     job = await_state(cluster, number, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
     assert job["JobState"] == "COMPLETED", log_of(tmp_path, number)
     folder = RunFolder(tmp_path / "runs" / "x")
@@ -74,11 +91,11 @@ def test_a_run_on_shared_nodes(cluster: Slurm, submit: Callable[..., str], tmp_p
 
 
 @pytest.mark.timeout(1800)
-def test_a_job_that_meets_its_time_limit_goes_on(cluster: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+def test_a_job_that_meets_its_time_limit_goes_on(submitted: Submitted, tmp_path: Path) -> None:
+    cluster, submit = submitted
     steps = 3000
     number = submit(
         ("--time=30", "--signal=B:USR1@120"),
-        "resources.workers=2",
         f"train.steps={steps}",
         "train.checkpoint_every=100000",
     )
