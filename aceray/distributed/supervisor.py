@@ -19,7 +19,7 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import GetTimeoutError, RayError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from aceray.config import Config
@@ -31,6 +31,7 @@ from aceray.distributed.failures import known_error, own_error
 from aceray.distributed.ingest import collect, parts_by_ray_data, plan_reading
 from aceray.distributed.memory import fits, room
 from aceray.distributed.monitor import DeviceMonitor
+from aceray.distributed.process_group import NodeAddressConfig
 from aceray.distributed.share import Place, Share, within_memory
 from aceray.distributed.shared_storage import check_shared
 from aceray.errors import ClusterError
@@ -141,7 +142,7 @@ class Supervisor:
                 f"particles_{rank}": plan_reading(particles, groups, task.box, tasks_at_once)
                 for rank, groups in enumerate(task.groups)
             },
-            torch_config=TorchConfig(timeout_s=task.seconds_to_meet),
+            torch_config=NodeAddressConfig(timeout_s=task.seconds_to_meet),
             # Not split: a worker executes its own data set and no other.
             dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(

@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: network, processes and Ray's folder of each are seen by nobody else.
+"""Hosts of their own on one machine: name, network, processes and Ray's folder of each are seen by nobody else.
 
 Linux namespaces, with a bridge between them: what ends "every Ray of the host" ends none of the machine's.
 """
@@ -12,8 +12,13 @@ from dataclasses import dataclass
 
 BRIDGE = "acerayhosts"
 NETWORK = "10.213.77"
-# Debian's folder /tmp is one; Ray's in it is each host's own.
-OWN_RAY = 'mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"'
+# A folder for Ray; the name of the host, which leads to where Debian and Ubuntu have it lead.
+START = """\
+mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray
+hostname "$0" && printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$0" > /tmp/ray/hosts
+mount --bind /tmp/ray/hosts /etc/hosts
+exec "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,19 @@ class Host:
 
     def command(self, *words: str) -> list[str]:
         """The command that runs `words` on it; when that ends, so does everything it started."""
-        own = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", OWN_RAY, "sh")
+        own = (
+            "unshare",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-ec",
+            START,
+            self.name,
+        )
         return ["nsenter", f"--net=/run/netns/{self.name}", *own, *words]  # `ip netns exec` would hide cgroups
 
 
@@ -59,6 +76,7 @@ def some_hosts(count: int) -> Iterator[tuple[str, list[Host]]]:
             _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.name, "link", "set", "eth0", "up")
             _ip("-n", host.name, "link", "set", "lo", "up")
+            _ip("-n", host.name, "route", "add", "default", "via", here)  # by it Ray finds the host's address
         yield here, hosts
     finally:
         _remove(hosts)

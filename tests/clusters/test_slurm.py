@@ -56,6 +56,8 @@ def submitted(request: pytest.FixtureRequest, tmp_path: Path, particle_set: Part
         of_job = ("--parsable", "--nodes=2", "--mem=0", f"--export=ALL,{variables}", *options)
         if script == "shared":
             of_job += ("--cpus-per-task=1",)
+        else:  # Ray sees two cores of each host: a worker for each
+            settings += ("resources.cpus_per_worker=2",)
         given = ("train", f"data.path={particle_set.path}", *QUICK, "name=x", "resources.gpu=false", *settings)
         name = str(SCRIPTS / f"{script}.sbatch")
         return cluster.run("sbatch", *of_job, name, *given, "resources.workers=2", cwd=tmp_path).strip()
