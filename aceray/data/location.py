@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from pyarrow import ArrowException, fs
 
@@ -24,6 +24,8 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # no folders there: what has a common beginning is one
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 _AT_ONCE = 2**22  # bytes of an upload
+_ANONYMOUS = "anonymous"
+_SECONDS_OF_TRYING = "60"  # Google's library tries for a quarter of an hour
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,10 @@ class RemotePath:
 
     def sizes(self) -> dict[str, int]:
         """Names and bytes of what is in the folder, by one question. Raises FileNotFoundError when there is none."""
-        with self._told():
-            found = self.files.get_file_info(fs.FileSelector(self.key, allow_not_found=False))
+        with self._told():  # without allow_not_found Google's raise another error than the rest
+            found = self.files.get_file_info(fs.FileSelector(self.key, allow_not_found=True))
+        if not found and not self.exists():
+            raise FileNotFoundError(2, "there is no such folder", str(self))
         return {info.base_name: info.size or 0 for info in found if info.base_name}
 
     def open_input(self) -> Any:
@@ -165,17 +169,21 @@ Location = Path | RemotePath
 
 
 def location(place: "str | Location") -> Location:
-    """The place of a path or URI. The query of an s3:// URI may name endpoint_override, scheme and region.
+    """The place of a path or URI. The query of an s3:// URI may name endpoint_override, scheme and region, that of a
+    gs:// URI endpoint_override, scheme, retry_limit_seconds and anonymous=true, which gs://anonymous@bucket stands for.
 
     Raises DataError for a URI that holds credentials, which would end up in logs and manifests.
     """
     if isinstance(place, RemotePath) or not _URI.match(str(place)):
         return place if isinstance(place, RemotePath) else Path(place)
     split = urlsplit(str(place))
+    if split.scheme == "gs" and split.netloc.startswith(f"{_ANONYMOUS}@"):
+        query = "&".join(part for part in (split.query, f"{_ANONYMOUS}=true") if part)
+        split = split._replace(netloc=split.netloc.partition("@")[2], query=query)
     if "@" in split.netloc:
         raise DataError(
             f"{split.scheme}://…@{split.netloc.rpartition('@')[2]}: credentials do not belong into a path, which is "
-            "logged; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile."
+            f"logged; {_CREDENTIALS}."
         )
     if split.scheme == "file":
         return Path(unquote(split.path))
@@ -186,19 +194,29 @@ def location(place: "str | Location") -> Location:
 @functools.lru_cache(maxsize=64)
 def _file_system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
     uri = f"{scheme}://{bucket}{'?' + query if query else ''}"
+    settings = dict(parse_qsl(query))
+    if scheme == "gs":
+        settings.setdefault("retry_limit_seconds", _SECONDS_OF_TRYING)
+        bucket = f"{_ANONYMOUS}@{bucket}" if settings.pop(_ANONYMOUS, "") == "true" else bucket
     try:
-        return fs.FileSystem.from_uri(uri)[0]
+        return fs.FileSystem.from_uri(f"{scheme}://{bucket}?{urlencode(settings)}".rstrip("?"))[0]
     except (ValueError, ArrowException) as error:
         raise DataError(f"{uri}: is no place that pyarrow can open ({_first_line(error)}); correct it.") from error
     except OSError as error:
         raise DataError(remote_trouble(uri, error) or f"{uri}: cannot be opened ({_first_line(error)}).") from error
 
 
+_CREDENTIALS = (
+    "give credentials by the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile (s3), "
+    "GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login` (gs)"
+)
+_REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "Forbidden", "status 403", "status 401", "EXPIRED")
 _TROUBLE = (
     (("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket '"), "there is no such bucket; create it or correct the name"),
+    (("OAuth2 access token",), f"there are no credentials; {_CREDENTIALS}, or gs://anonymous@… for a public bucket"),
     (
-        ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "Forbidden", "status 403", "status 401", "EXPIRED"),
-        "the credentials are refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the profile, and its rights",
+        (*_REFUSED, "PERMISSION_DENIED", "UNAUTHENTICATED"),
+        f"the credentials are refused, or have no right; {_CREDENTIALS}",
     ),
     (
         ("NETWORK_CONNECTION", "curlCode", "onnect", "timed out", "Timeout", "resolve host"),

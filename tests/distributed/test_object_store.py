@@ -202,7 +202,20 @@ def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_refused_credentials(said: str) -> None:
     text = remote_trouble("s3://b/x", OSError(said))
-    assert text is not None and text.startswith("s3://b/x: the credentials are refused; check AWS_ACCESS_KEY_ID")
+    assert text is not None and text.startswith("s3://b/x: the credentials are refused")
+    assert "AWS_ACCESS_KEY_ID" in text
+
+
+def test_no_credentials_for_google() -> None:
+    said = "google::cloud::Status(UNAVAILABLE: … Could not create a OAuth2 access token to authenticate the request."
+    text = remote_trouble("gs://b/x", OSError(said))
+    assert text is not None and "there are no credentials" in text and "GOOGLE_APPLICATION_CREDENTIALS" in text
+
+
+def test_a_public_bucket_of_google() -> None:
+    found = location("gs://anonymous@bucket/set?scheme=http")
+    assert str(found) == "gs://bucket/set?scheme=http&anonymous=true" and location(str(found)) == found
+    assert str(location("gs://anonymous@bucket/set")) == "gs://bucket/set?anonymous=true"
 
 
 def test_places() -> None:
