@@ -116,6 +116,13 @@ ROWS = [
         "fsc/half_map_resolution_angstrom_0.143",
         "{:.1f} A",
     ),
+    (
+        "resolution, refined halves at 0.143",
+        "refine/half_map_resolution_px_0.143",
+        "{:.2f} px",
+        "refine/half_map_resolution_angstrom_0.143",
+        "{:.1f} A",
+    ),
     ("rotation error, mean (of 8)", "pose/rotation_sqfrob_mean", "{:.4f}", "", ""),
     (
         "rotation error, median (of 8)",

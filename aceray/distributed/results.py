@@ -5,6 +5,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,9 @@ from aceray.train.evaluate import HALF_MAP_THRESHOLD, HalfMaps, MaskKind, compar
 from aceray.train.figures import draw_figures, fsc_figure, near_symmetry_figure
 from aceray.train.oracle import OracleProgress, run_oracle
 from aceray.train.predict import Poses, particles_from_stack
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DIGITS_OF_A_NOTE = 4
 FIELD_TOLERANCE = 0.005
@@ -56,24 +60,20 @@ def write_results(
         volume, poses, particles.read_truth(), particles.read_truth_volume(), manifest.pixel_size_angstrom
     )
     write_volume(folder.volume, volume, pixel_size_angstrom)
+    folder.figures.mkdir(exist_ok=True)
     of_halves = _write_halves(folder, shares[0], pixel_size_angstrom)
     write_poses(folder, poses, manifest.pixel_size_angstrom)
     original.write_poses(folder.poses_star, particles, poses.rotation, poses.shift_px)
     if evaluation.volume is not None:
         _write_table(folder.fsc, evaluation.volume.fsc.columns())
-    # another volume than the one that was compared
-    folder.half_map_fsc.unlink(missing_ok=True)
-    _half_map_figure(folder).unlink(missing_ok=True)
     history = folder.read_history()
     rows = [{key: float(value) for key, value in row.items() if value is not None} for row in history]
-    folder.figures.mkdir(exist_ok=True)
     figures = draw_figures(evaluation, volume, pixel_size_angstrom, rows)
     if config.refine is not None and config.refine.registers:
         order, correlation = (shares[0].metrics[f"refine/near_symmetry_{name}"] for name in ("order", "correlation"))
         figures["near_symmetry"] = near_symmetry_figure(volume, config.refine.near_symmetry, int(order), correlation)
     for name, figure in figures.items():
-        with written_atomically(folder.figures / f"{name}.png") as file:
-            figure.savefig(file, format="png")
+        _write_figure(folder.figures / f"{name}.png", figure)
     metrics = {
         **_of_training(folder, rows),
         **evaluation.metrics,
@@ -93,18 +93,22 @@ def write_results(
 
 
 def _write_halves(folder: RunFolder, share: Share, pixel_size_angstrom: float) -> dict[str, float]:
-    """The maps of the two halves, where poses were refined, and the resolution to which they agree.
+    """The maps of the two halves, where poses were refined, their FSC as table and figure, and the resolution.
 
-    All poses were refined against the map of both: the curve is optimistic, unlike that of two half sets' own runs.
+    With `refine.halves=joint` all poses were refined against the map of both: the curve is optimistic, unlike that of
+    two half sets' own runs.
     """
-    for file in folder.half_maps:
+    for file in (*folder.half_maps, folder.half_map_fsc, _half_map_figure(folder)):  # of an earlier volume
         file.unlink(missing_ok=True)
     if share.halves is None:
         return {}
     for file, half in zip(folder.half_maps, share.halves, strict=True):
         write_volume(file, half, pixel_size_angstrom)
-    curve = fourier_shell_correlation(*share.halves)
-    pixels = resolution_px(curve, HALF_MAP_THRESHOLD, share.volume.shape[-1])
+    values, box = fourier_shell_correlation(*share.halves), share.volume.shape[-1]
+    curve = FscCurve(values, box, pixel_size_angstrom)
+    _write_table(folder.half_map_fsc, curve.columns())
+    _write_figure(_half_map_figure(folder), fsc_figure({"refined halves": curve}))
+    pixels = resolution_px(values, HALF_MAP_THRESHOLD, box)
     return {
         f"refine/half_map_resolution_px_{HALF_MAP_THRESHOLD}": pixels,
         f"refine/half_map_resolution_angstrom_{HALF_MAP_THRESHOLD}": pixels * pixel_size_angstrom,
@@ -170,8 +174,7 @@ def write_half_maps(folder: RunFolder, other: RunFolder, mask: MaskKind, tracker
     if mask != "none":
         curves["half maps, no mask"] = FscCurve(compared.fsc.unmasked, compared.curve.box, size)
     folder.figures.mkdir(exist_ok=True)
-    with written_atomically(_half_map_figure(folder)) as file:
-        fsc_figure(curves).savefig(file, format="png")
+    _write_figure(_half_map_figure(folder), fsc_figure(curves))
     before = json.loads(folder.metrics.read_text()) if folder.metrics.exists() else {}
     metrics = {name: value for name, value in before.items() if value is not None} | compared.metrics
     write_json(folder.metrics, metrics)
@@ -188,6 +191,11 @@ def _finished_volume(folder: RunFolder) -> tuple[torch.Tensor, float]:
 
 def _half_map_figure(folder: RunFolder) -> Path:
     return folder.figures / "half_map_fsc.png"
+
+
+def _write_figure(path: Path, figure: "Figure") -> None:
+    with written_atomically(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _half_map_columns(compared: HalfMaps) -> dict[str, list[float]]:

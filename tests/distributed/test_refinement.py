@@ -21,6 +21,7 @@ from aceray.distributed.share import Place, train_share
 from aceray.em.rotation import rotation_from_relion, rotation_sqfrob
 from aceray.folder import RunFolder, create_run_folder
 from aceray.metrics.alignment import align_poses
+from aceray.metrics.fsc import fourier_shell_correlation
 from aceray.presets import load_config
 from aceray.train.loop import Progress
 from tests.distributed.conftest import QUICK
@@ -56,7 +57,9 @@ def test_rounds_follow_the_steps(finished: tuple[RunFolder, list[Progress], dict
     assert "train/loss_total" in metrics and "select/d4_consistency" in metrics
 
 
-def test_maps_of_both_halves_are_left(finished: tuple[RunFolder, list[Progress], dict[str, float]]) -> None:
+def test_maps_of_both_halves_are_left(
+    finished: tuple[RunFolder, list[Progress], dict[str, float]], tmp_path: Path
+) -> None:
     folder, _, metrics = finished
     halves = []
     for path in folder.half_maps:
@@ -67,6 +70,14 @@ def test_maps_of_both_halves_are_left(finished: tuple[RunFolder, list[Progress],
     assert np.abs(halves[0] - halves[1]).max() > 1e-3 * np.abs(halves[0]).max()
     assert metrics["refine/half_map_resolution_px_0.143"] >= 2
     assert set(folder.paths) >= {"half_1", "half_2", "volume", "poses"}
+    # the table of their agreement, by the maps as they were written
+    curve = fourier_shell_correlation(*(torch.from_numpy(half) for half in halves))
+    table = pd.read_csv(folder.half_map_fsc)
+    np.testing.assert_allclose(table["fsc"], curve[1:], atol=1e-4)
+    np.testing.assert_allclose(table["resolution_angstrom"], BOX * PIXEL_SIZE / table["shell"])
+    assert (folder.figures / "half_map_fsc.png").exists()
+    exported = aceray.export(folder.path, tmp_path / "out")
+    assert set(exported.paths) >= {"half_1", "half_2", "half_map_fsc"}
 
 
 @pytest.mark.parametrize("stop", [4, 8])
