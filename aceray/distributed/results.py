@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,9 +28,6 @@ from aceray.train.evaluate import HALF_MAP_THRESHOLD, HalfMaps, MaskKind, compar
 from aceray.train.figures import draw_figures, fsc_figure, near_symmetry_figure
 from aceray.train.oracle import OracleProgress, run_oracle
 from aceray.train.predict import Poses, particles_from_stack
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DIGITS_OF_A_NOTE = 4
 FIELD_TOLERANCE = 0.005
@@ -193,7 +190,7 @@ def _half_map_figure(folder: RunFolder) -> Path:
     return folder.figures / "half_map_fsc.png"
 
 
-def _write_figure(path: Path, figure: "Figure") -> None:
+def _write_figure(path: Path, figure: Any) -> None:
     with written_atomically(path) as file:
         figure.savefig(file, format="png")
 
