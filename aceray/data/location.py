@@ -193,17 +193,20 @@ def location(place: "str | Location") -> Location:
 
 @functools.lru_cache(maxsize=64)
 def _file_system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
-    uri = f"{scheme}://{bucket}{'?' + query if query else ''}"
-    settings = dict(parse_qsl(query))
-    if scheme == "gs":
-        settings.setdefault("retry_limit_seconds", _SECONDS_OF_TRYING)
-        bucket = f"{_ANONYMOUS}@{bucket}" if settings.pop(_ANONYMOUS, "") == "true" else bucket
+    uri = str(RemotePath(scheme, bucket, query))
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{bucket}?{urlencode(settings)}".rstrip("?"))[0]
+        return fs.FileSystem.from_uri(_uri_for_google(bucket, query) if scheme == "gs" else uri)[0]
     except (ValueError, ArrowException) as error:
         raise DataError(f"{uri}: is no place that pyarrow can open ({_first_line(error)}); correct it.") from error
     except OSError as error:
         raise DataError(remote_trouble(uri, error) or f"{uri}: cannot be opened ({_first_line(error)}).") from error
+
+
+def _uri_for_google(bucket: str, query: str) -> str:
+    """As pyarrow wants it: who is anonymous before the bucket, and an end to trying."""
+    settings = {"retry_limit_seconds": _SECONDS_OF_TRYING} | dict(parse_qsl(query))
+    user = f"{_ANONYMOUS}@" if settings.pop(_ANONYMOUS, "") == "true" else ""
+    return str(RemotePath("gs", user + bucket, urlencode(settings)))
 
 
 _CREDENTIALS = (

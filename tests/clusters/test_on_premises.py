@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(boo
 NAME = "acerayhosts"
 # A home and an /opt/aceray of the host's own, then its SSH daemon: {environment}, {folder}.
 START = """\
-mount -t tmpfs none /mnt && mkdir -p /mnt/home /mnt/work /mnt/opt/aceray /run/sshd
-mount -t overlay -o lowerdir=/root,upperdir=/mnt/home,workdir=/mnt/work overlay /root
+mount -t tmpfs none /mnt && mkdir -p /mnt/home /mnt/scratch /mnt/opt/aceray /run/sshd
+mount -t overlay -o lowerdir=/root,upperdir=/mnt/home,workdir=/mnt/scratch overlay /root
 rm -rf /root/.ray /root/.ssh && echo 'export PATH=/opt/aceray/bin:$PATH' >> /root/.bashrc
 mount --bind /mnt/opt /opt && mount --bind {environment} /opt/aceray
 exec /usr/sbin/sshd -D -e -f {folder}/sshd_config

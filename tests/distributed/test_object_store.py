@@ -212,6 +212,19 @@ def test_no_credentials_for_google() -> None:
     assert text is not None and "there are no credentials" in text and "GOOGLE_APPLICATION_CREDENTIALS" in text
 
 
+@pytest.mark.parametrize(
+    "query, uri",
+    [
+        ("", "gs://b?retry_limit_seconds=60"),
+        ("anonymous=true&scheme=http", "gs://anonymous@b?retry_limit_seconds=60&scheme=http"),
+        ("retry_limit_seconds=5", "gs://b?retry_limit_seconds=5"),
+        ("endpoint_override=h%3A1", "gs://b?retry_limit_seconds=60&endpoint_override=h%3A1"),
+    ],
+)
+def test_google_is_not_tried_for_a_quarter_of_an_hour(query: str, uri: str) -> None:
+    assert places._uri_for_google("b", query) == uri
+
+
 def test_a_public_bucket_of_google() -> None:
     found = location("gs://anonymous@bucket/set?scheme=http")
     assert str(found) == "gs://bucket/set?scheme=http&anonymous=true" and location(str(found)) == found

@@ -33,15 +33,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def refused(library: Path, name: str, after_bytes: int, *words: str) -> str:
-    """The one line with which the command ends when the disk breaks below paths with `name` after so many bytes."""
+def refused(library: Path, name: str, after_bytes: int, *words: str) -> None:
+    """The command ends with one line when the disk breaks below paths with `name` after so many bytes."""
     broken = {"LD_PRELOAD": str(library), "BROKEN_NAME": name, "BROKEN_BYTES": str(after_bytes)}
     command = [str(Path(sys.executable).with_name("aceray")), *words]
     done = subprocess.run(command, env=os.environ | broken, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, (words, done.stdout, done.stderr)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Input/output error" in line and "Traceback" not in done.stderr, done.stderr
-    return line
 
 
 @pytest.mark.parametrize("after_bytes", [0, 3_000, 100_000])
@@ -63,7 +62,7 @@ def test_export_and_prediction(library: Path, finished: Path, data: Path, tmp_pa
     api.export(finished, out)
     before = contents(out)
     refused(library, "victim", after_bytes, "export", str(finished), "--out", str(out))
-    now = contents(out)
+    now = contents(out)  # poses.star has the time of its writing
     assert now.keys() == before.keys() and all(len(now[name]) == len(before[name]) for name in now)
     refused(
         library, "predicted", after_bytes, "predict", str(finished), str(data), "--out", str(tmp_path / "predicted")
