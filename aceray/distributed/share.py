@@ -34,7 +34,7 @@ from aceray.train.refine import PoseTable, Refined, Refiner
 
 _SCORED_PARTICLES = 1024
 # what a checkpoint keeps of a refinement beside the poses
-_NOTED = ("moved", "energy", "symmetry_order", "symmetry_correlation")
+_NOTED = ("moved", "energy", "searched", "symmetry_order", "symmetry_correlation")
 
 
 @dataclass(frozen=True)
@@ -260,4 +260,5 @@ def _restored(
     order = tensors["refine.particle_id"].argsort()
     rows = order[torch.searchsorted(tensors["refine.particle_id"][order], stack.particle_id)]
     columns = (tensors[f"refine.{name}"][rows].to(place.device) for name in ("rotation", "shift_px", "energy"))
-    return trainer, Refined(rounds, PoseTable(*columns), None, **{name: metadata[name] for name in _NOTED})
+    noted = {name: metadata[name] for name in _NOTED if name in metadata}
+    return trainer, Refined(rounds, PoseTable(*columns), None, **noted)

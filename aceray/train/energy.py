@@ -45,6 +45,10 @@ class Images:
         transfer = None if self.transfer is None else self.transfer[:, frequencies]
         return Images(self.coefficients[:, frequencies], transfer)
 
+    def power(self, weight: Float[Tensor, " p"]) -> Float[Tensor, " b"]:
+        """Weighted sum of the squares of each image: its energy against an empty volume."""
+        return torch.view_as_real(self.coefficients).square().sum(-1) @ weight
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -132,6 +136,10 @@ class Matches:
             self.shift_px.index_copy(0, index, others.shift_px),
             self.energy.index_copy(0, index, others.energy),
         )
+
+    def relative_to(self, power: Float[Tensor, " b"]) -> "Matches":
+        """The same with energies as shares of the images' own power."""
+        return dataclasses.replace(self, energy=self.energy / power.clamp_min(1e-12))
 
     def best(self) -> "Matches":
         """The candidate of least energy for each image, of several."""

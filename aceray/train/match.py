@@ -4,7 +4,7 @@ The map stays as it is, so every image is treated by itself: what it gets does n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,10 +43,6 @@ class _Pass:
     reference: Reference
     search: Search
 
-    @property
-    def energy_unit(self) -> float:
-        return float(self.disc.weight[self.reference.index].sum())
-
 
 class Matcher:
     """Refines poses of images against a finished map, by the rounds of the run that made it.
@@ -65,11 +61,13 @@ class Matcher:
         finished, disc = self._finished, HalfDisc(plan.box).to(self._disc.radius.device)
         # a cropped volume projects to the cropped images times the square of the ratio
         volume = crop_volume(finished.volume, plan.box) * (self._disc.box / plan.box) ** 2
-        spread = finished.shift_spread_px
-        penalty = None if spread is None else shift_penalty(finished.energy, spread * plan.box / self._stored_box)
+        spread_px = finished.shift_spread_px
+        if spread_px is not None:
+            spread_px *= plan.box / self._stored_box
+        penalty = None if spread_px is None else shift_penalty(finished.energy, spread_px)
         weight = disc.weight / finished.power[disc.shell]
         reference = agreed_reference(volume, finished.half_fsc[: plan.box // 2 + 1], disc, weight, penalty)
-        return _Pass(plan, disc, reference, Search(reference, plan.search_radius, seed, number))
+        return _Pass(plan, disc, reference, Search(reference, plan, spread_px, seed, number))
 
     @torch.no_grad()
     def __call__(self, particles: Particles, start: Poses) -> Poses:
@@ -87,9 +85,11 @@ class Matcher:
         scale, parts = each.plan.box / self._stored_box, []
         for rows, images in level.chunks():
             start = Matches(before.rotation[rows], before.shift_px[rows] * scale, before.energy[rows])
-            found = refine_poses(each.reference, images.at(each.reference.index), start, each.plan.steps)
-            found = each.search.improved(images, found, start.shift_px, self._lost(each, found))
-            parts.append(Matches(found.rotation, found.shift_px / scale, found.energy / each.energy_unit))
+            compared = images.at(each.reference.index)
+            power = compared.power(each.reference.weight)
+            found = refine_poses(each.reference, compared, start, each.plan.steps)
+            found = each.search.improved(images, found, start.shift_px, self._lost(each, found.relative_to(power)))
+            parts.append(replace(found.relative_to(power), shift_px=found.shift_px / scale))
         return Matches.concatenate(parts)
 
     def _lost(self, each: _Pass, found: Matches) -> Bool[Tensor, " b"]:
@@ -97,7 +97,7 @@ class Matcher:
         if each.plan.searched >= 1:
             return torch.ones_like(found.energy, dtype=torch.bool)
         at_the_maps_box = each.plan.box == self._disc.box
-        return (found.energy / each.energy_unit >= self._finished.lost_energy) & at_the_maps_box
+        return (found.energy >= self._finished.lost_energy) & at_the_maps_box
 
 
 def rounds_of_match(rounds: Sequence[Round]) -> list[Round]:

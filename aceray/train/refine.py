@@ -25,6 +25,8 @@ from aceray.train.symmetry import find_near_symmetry, solve_registers
 _NSIDE, _TURNS = 4, 32  # 6,144 rotations, 15 degrees of view and 11 of turn apart
 _SEARCH_STEP = 0.325  # of the search's resolution: neighbouring shifts differ by at most two radians of phase
 _CHUNK = 512
+_NEAR_STEPS = 1.5  # how far from the present shift a search of all images looks
+_FAR_SPREADS = 4.5  # how far from the origin the shifts of lost images are looked for: 1 in 25,000 lies beyond
 # a rotation that moves by more than 41 degrees has left its minimum
 _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
@@ -51,8 +53,9 @@ class Round:
 class PoseTable:
     """Poses of a worker's particles; shifts in pixels of the stored images.
 
-    energy is that of the round that gave the pose, over the number of coefficients (k and -k): the share of an image's
-    power that is left unexplained, all shells alike, and about 1 for an empty map.
+    energy is that of the round that gave the pose, over that of an empty map: the share of the image's own power that
+    is left unexplained, all shells alike. It is of its own because most of it is noise, and how noisy images are would
+    otherwise order them.
     """
 
     rotation: Float[Tensor, "n 3 3"]
@@ -89,7 +92,7 @@ class Refined:
 class Limits:
     """When a refinement changes its ways.
 
-    Once no more than the share `settled` of the poses moved in a round, later ones search no more than the share
+    Once no more than the share `settled` of the poses moved in a round, all later ones search no more than the share
     `rescued` of the particles, those that are explained worst. `near_symmetry` is the least self-correlation of a map
     that counts as one. `independent`: either half of the images sees only its own map, but for the first shells.
     """
@@ -204,10 +207,11 @@ class Refiner:
                 level = None  # what it holds goes before what the next one holds comes
                 level = Level(self.particles, self.disc, plan.box)
                 state = replace(state, maps=self._maps(level, state.table))
-            if state.moved <= self._limits.settled:
+            if state.moved <= self._limits.settled or 0 < state.searched < 1:
                 plan = replace(plan, searched=min(plan.searched, self._limits.rescued))
             state = self._registers(level, plan, state) if plan.registers else self._round(level, plan, state)
-            yield replace(state, searched=plan.searched)
+            state = replace(state, searched=plan.searched)
+            yield state
 
     def with_maps(self, state: Refined) -> Refined:
         """A finished state without maps, as checkpoints hold it, with those of its poses."""
@@ -231,19 +235,19 @@ class Refiner:
         assert state.maps is not None
         table, scale = state.table, plan.box / self.stored_box
         least = _least_energy(table.energy, plan.searched)
+        spread_px = self._spread_px(state, scale)
         matchers = [
-            _Matcher(reference, plan, least, self._seed, state.done)
+            _Matcher(reference, plan, least, spread_px, (self._seed, state.done))
             for reference in self._references(level, state, state.maps)
         ]
-        reconstruction, parts = Reconstruction(level.disc), []
+        reconstruction, parts, compared = Reconstruction(level.disc), [], matchers[0].reference
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
             found = _improved(matchers, images, before, self._half[rows])
             reconstruction.insert(images, found, self._half[rows])
-            parts.append(found)
+            parts.append(found.relative_to(images.at(compared.index).power(compared.weight)))
         found = Matches.concatenate(parts)
-        compared = matchers[0].reference.index
-        new = PoseTable(found.rotation, found.shift_px / scale, found.energy / level.disc.weight[compared].sum())
+        new = PoseTable(found.rotation, found.shift_px / scale, found.energy)
         moved = (rotation_sqfrob(new.rotation, table.rotation) > _MOVED_SQFROB).float()
         moved, energy = _means(moved, new.energy)
         return replace(state, done=state.done + 1, table=new, maps=reconstruction.maps(), moved=moved, energy=energy)
@@ -288,17 +292,17 @@ class Refiner:
         return [self._reference(level, state, replace(maps, joint=joined(half, maps.joint))) for half in maps.halves]
 
     def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
-        penalty = self._penalty(state, level.disc.box / self.stored_box)
+        spread_px = self._spread_px(state, level.disc.box / self.stored_box)
+        penalty = None if spread_px is None else shift_penalty(state.energy, spread_px)
         return agreed_reference(maps.joint, maps.half_fsc, level.disc, level.weight, penalty)
 
-    def _penalty(self, state: Refined, scale: float) -> float | None:
-        """Weight of a squared shift in pixels of a round's box, from the spread of the present ones."""
+    def _spread_px(self, state: Refined, scale: float) -> float | None:
+        """Standard deviation of the shifts along an axis, pixels of a round's box: as believed, then as they are."""
         if self._shift_spread_px is None:
             return None
-        spread = self._shift_spread_px
-        if state.done:
-            spread = _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5
-        return shift_penalty(state.energy, spread * scale)
+        if not state.done:
+            return self._shift_spread_px * scale
+        return _means(state.table.shift_px.square().mean(dim=-1))[0] ** 0.5 * scale
 
 
 def shift_penalty(energy: float, spread_px: float) -> float:
@@ -332,9 +336,11 @@ def _least_energy(energy: Float[Tensor, " n"], share: float) -> float:
 class _Matcher:
     """Better poses of images against one reference; those of at least some energy are searched for, too."""
 
-    def __init__(self, reference: Reference, plan: Round, least: float, seed: int, number: int) -> None:
+    def __init__(
+        self, reference: Reference, plan: Round, least: float, spread_px: float | None, key: tuple[int, int]
+    ) -> None:
         self.reference, self._steps, self._least = reference, plan.steps, least
-        self._search = Search(reference, plan.search_radius, seed, number) if plan.searched > 0 else None
+        self._search = Search(reference, plan, spread_px, *key) if plan.searched > 0 else None
 
     def improved(self, images: Images, before: Matches) -> Matches:
         """The better of what lies near the present pose and of what the search finds."""
@@ -356,22 +362,30 @@ def _improved(matchers: list[_Matcher], images: Images, before: Matches, half: I
 
 
 class Search:
-    """All rotations, with the shifts about the present one."""
+    """All rotations: with the shifts about the present one, in a round that searches all images.
 
-    def __init__(self, reference: Reference, radius: float, seed: int, number: int) -> None:
-        grid = turned_grid(_NSIDE, _TURNS, seed, number).to(reference.frequency)
-        self._reference, self._bank = reference, make_bank(reference.within(radius), grid)
-        step = _SEARCH_STEP * reference.box / radius
-        reach = 0.0 if reference.shift_penalty is None else 1.5 * step
+    In a round that searches a few alone, with all shifts that occur: where the rotation is lost the shift mostly is
+    as well. `spread_px` is their standard deviation along an axis, None where there are none; `key` names the turn of
+    the grid.
+    """
+
+    def __init__(self, reference: Reference, plan: Round, spread_px: float | None, *key: int) -> None:
+        grid = turned_grid(_NSIDE, _TURNS, *key).to(reference.frequency)
+        self._reference, self._bank = reference, make_bank(reference.within(plan.search_radius), grid)
+        step, self._around_present = _SEARCH_STEP * reference.box / plan.search_radius, plan.searched >= 1
+        reach = 0.0 if spread_px is None else _NEAR_STEPS * step
+        if spread_px is not None and not self._around_present:
+            reach = max(reach, _FAR_SPREADS * spread_px)
         self._offsets = shift_grid(reach, step).to(reference.frequency)
 
     def improved(
-        self, images: Images, found: Matches, centre_px: Float[Tensor, "b 2"], lost: Bool[Tensor, " b"]
+        self, images: Images, found: Matches, present_px: Float[Tensor, "b 2"], lost: Bool[Tensor, " b"]
     ) -> Matches:
         """The poses found, those of lost images exchanged for what the search finds where that explains them better."""
         rows = lost.nonzero()[:, 0]
         if not len(rows):
             return found
+        centre_px = present_px if self._around_present else torch.zeros_like(present_px)
         better = self._find(images.take(rows), centre_px[rows])
         return found.replaced(rows, found.take(rows).or_better(better))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from aceray.em.random import named_generator
@@ -79,7 +79,7 @@ def search_poses(
         torch.minimum(best, energy, out=best)
     energy, row = best.topk(keep, dim=1, largest=False)
     shift = centre_px[:, None] + offsets_px[chosen.gather(1, row).long()]
-    return Matches(bank.rotation[row], shift, energy + _squared(images.coefficients, reference.weight)[:, None])
+    return Matches(bank.rotation[row], shift, energy + images.power(reference.weight)[:, None])
 
 
 def improve_shifts(reference: Reference, images: Images, found: Matches, offsets_px: Float[Tensor, "s 2"]) -> Matches:
@@ -95,14 +95,11 @@ def improve_shifts(reference: Reference, images: Images, found: Matches, offsets
     phases = torch.view_as_real(reference.phases(offsets_px)).flatten(1)
     overlap = torch.view_as_real(product).flatten(-2) @ phases.T
     shift = found.shift_px[:, :, None] + offsets_px
-    energy = reference.prior(shift) - 2 * overlap + _squared(rendered, reference.weight)[..., None]
-    lowest, chosen = (energy + _squared(images.coefficients, reference.weight)[:, None, None]).min(dim=-1)
+    power = torch.view_as_real(rendered).square().sum(-1) @ reference.weight
+    energy = reference.prior(shift) - 2 * overlap + power[..., None]
+    lowest, chosen = (energy + images.power(reference.weight)[:, None, None]).min(dim=-1)
     moved = shift.gather(2, chosen[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
     return Matches(found.rotation, moved, lowest)
-
-
-def _squared(values: Complex[Tensor, "*b p"], weight: Float[Tensor, " p"]) -> Float[Tensor, "*b"]:
-    return torch.view_as_real(values).square().sum(-1) @ weight
 
 
 def find_poses(

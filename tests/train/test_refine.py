@@ -78,6 +78,18 @@ def test_the_worst_explained_are_searched_alone() -> None:
     assert float((before[:30] > 0.5).float().mean()) > 0.6 and float((after[:30] > 0.5).float().mean()) < 0.2
 
 
+def test_lost_images_are_found_at_any_shift_when_few_are_searched() -> None:
+    particles, rotation, shift = particles_and_poses(400)
+    start = rough(rotation, shift, wrong=30)
+    start.table.shift_px[:30] += 3.5
+    first, *_ = refiner(particles, [Round(BOX, 1)]).run(start)
+    lost = {}
+    for searched in (0.1, 1.0):
+        *_, last = refiner(particles, [Round(BOX, 3, 5.0, searched)]).run(replace(first, done=0, moved=1.0))
+        lost[searched] = float((error(last, rotation)[:30] > 0.5).float().mean())
+    assert lost[0.1] < 0.2 and lost[1.0] > 0.5
+
+
 def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     particles, rotation, shift = particles_and_poses(100)
     turns: list[tuple[int, ...]] = []
@@ -94,6 +106,15 @@ def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> Non
     assert turns == [(5, 0)]
     list(refiner(particles, plan, limits=replace(NEVER, settled=-1.0)).run(rough(rotation, shift)))
     assert turns[1:] == [(5, 0), (5, 1), (5, 2)]
+
+
+def test_once_few_are_searched_it_stays_so() -> None:
+    """What they moved would else bring back a search of all."""
+    particles, rotation, shift = particles_and_poses(100)
+    few = replace(rough(rotation, shift), done=1, searched=0.05, moved=0.9)
+    limits = replace(NEVER, rescued=0.05)
+    states = list(refiner(particles, [Round(BOX, 2, 4.0, 1.0)] * 3, limits=limits).run(few))
+    assert [state.searched for state in states] == [0.05, 0.05]
 
 
 def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
@@ -218,6 +239,16 @@ def noise_particles(count: int) -> Particles:
     generator = named_generator("tests/refine/noise")
     noise = torch.randn(particles.coefficients.shape, dtype=torch.complex64, generator=generator)
     return replace(particles, coefficients=noise)
+
+
+def test_noisier_images_are_not_explained_worse() -> None:
+    """Where there is nothing to be explained, all of every image's power is left, however much that is."""
+    particles = noise_particles(300)
+    particles.coefficients[150:] *= 3
+    start = rough(random_rotations(300, named_generator("tests/refine/start")), torch.zeros(300, 2))
+    *_, last = refiner(particles, [Round(BOX, 1)]).run(start)
+    quiet, noisy = last.table.energy[:150], last.table.energy[150:]
+    assert 0.8 < float(noisy.mean() / quiet.mean()) < 1.1
 
 
 def test_halves_that_see_one_map_agree_on_noise_and_independent_ones_do_not() -> None:
