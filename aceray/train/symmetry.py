@@ -33,6 +33,7 @@ _ANGLE_BIN_DEG = 4.0
 _LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
 _SUBGROUP_MARGIN = 0.05
 _FALLING_ITERATIONS, _MOST_ITERATIONS, _SETTLED = 10, 40, 1e-3
+_FURTHER_ITERATIONS = 10  # each with one cycle per box more, as far as the map goes
 _RESTARTS, _CONFIRMED = 8, 0.85
 _FIRST_RADIUS = 6.0
 _FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.5, 0.02  # of the standard deviation of the energies' differences
@@ -169,10 +170,20 @@ def solve_registers(
     """Which element of the group each image's rotation is to be multiplied with.
 
     The best of several restarts from random registers, of which about half find the least energy; one that agrees with
-    the best so far is the last. `chunks` gives the images, `new_map` an empty reconstruction,
-    `reference_of` what images are compared with.
+    the best so far is the last. Its shares go on with ever higher frequencies. `chunks` gives the images, `new_map` an
+    empty reconstruction, `reference_of` what images are compared with.
     """
     count, order = len(rotation), len(group)
+
+    def energies_at(share: Tensor, radius: float) -> tuple[Float[Tensor, "n g"], int]:
+        """Energies of all registers against the map of the shares, and of how many coefficients they are."""
+        reconstruction = new_map()
+        for rows, images in chunks():
+            _insert(reconstruction, images, rotation[rows], shift_px[rows], group, share[rows])
+        reference = reference_of(reconstruction.maps()).within(radius)
+        found = [_energies(reference, images, rotation[rows], shift_px[rows], group) for rows, images in chunks()]
+        return torch.cat(found), 2 * len(reference.index)
+
     best: tuple[Tensor, float] | None = None
     for restart in range(_RESTARTS):
         generator = named_generator("symmetry/registers", seed, restart)
@@ -181,26 +192,21 @@ def solve_registers(
         energy = torch.inf
         for iteration in range(_MOST_ITERATIONS):
             done, before = min(1.0, iteration / _FALLING_ITERATIONS), share
-            reconstruction = new_map()
-            for rows, images in chunks():
-                _insert(reconstruction, images, rotation[rows], shift_px[rows], group, share[rows])
-            radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
-            reference = reference_of(reconstruction.maps()).within(radius)
-            energies = torch.cat(
-                [_energies(reference, images, rotation[rows], shift_px[rows], group) for rows, images in chunks()]
-            )
             temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
-            energy, share = _shares(energies, temperature, 2 * len(reference.index))
+            radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
+            energy, share = _shares(*energies_at(share, radius), temperature)
             if iteration > _FALLING_ITERATIONS and _decided(share, before):
                 break
-        register = share.argmax(dim=1)
-        confirmed = best is not None and _agreement(register, best[0], order) > _CONFIRMED
+        confirmed = best is not None and _agreement(share.argmax(1), best[0].argmax(1), order) > _CONFIRMED
         if best is None or energy < best[1]:
-            best = register, energy
+            best = share, energy
         if confirmed:
             break
     assert best is not None
-    return best[0]
+    share = best[0]
+    for further in range(1, _FURTHER_ITERATIONS + 1):
+        _, share = _shares(*energies_at(share, float(_RADIUS + further)), _LAST_TEMPERATURE)
+    return share.argmax(dim=1)
 
 
 def _decided(share: Float[Tensor, "n g"], before: Float[Tensor, "n g"]) -> bool:
@@ -219,7 +225,7 @@ def _agreement(register: Int[Tensor, " n"], other: Int[Tensor, " n"], order: int
 
 
 def _shares(
-    energies: Float[Tensor, "n g"], temperature: float, coefficients: int
+    energies: Float[Tensor, "n g"], coefficients: int, temperature: float
 ) -> tuple[float, Float[Tensor, "n g"]]:
     """Mean of the least energies of all workers, and how much of each image belongs to each register.
 
