@@ -8,9 +8,9 @@ import torch
 
 
 def main() -> None:
-    """Run the benchmarks on one thread; one that is not there is left out. `stacks` runs when named alone."""
+    """Run the benchmarks on one thread; one that is not there is left out. `stacks` and `rivals` are named alone."""
     torch.set_num_threads(1)
-    named = sys.argv[1:2] if sys.argv[1:2] == ["stacks"] else sys.argv[1:]
+    named = sys.argv[1:2] if sys.argv[1:2] in (["stacks"], ["rivals"]) else sys.argv[1:]
     for name in named or ("accuracy", "physics", "steps", "refine", "sharing", "training"):
         if importlib.util.find_spec(f"tests.bench.{name}") is not None:
             importlib.import_module(f"tests.bench.{name}").main()
