@@ -105,11 +105,12 @@ def print_reached(programs: list[Followed], unit_seconds: float) -> None:
     """The table of what stood at each multiple of our CPU seconds."""
     rows = []
     for program in programs:
-        for times in TIMES if program is not programs[0] else (1,):
-            found = program.within(times * unit_seconds)
+        # one that ended sooner has no later rows
+        for allowed in sorted({min(times * unit_seconds, program.cpu_seconds) for times in TIMES}):
+            found = program.within(allowed)
             cells = [f"{found.metrics[name]:.4f}" for name in SHOWN] if found else ["nothing yet", "", "", ""]
             when = f"{found.cpu_seconds:.0f}" if found else ""
-            rows.append([program.name, f"{times * unit_seconds:.0f}", when, *cells])
+            rows.append([program.name, f"{allowed:.0f}", when, *cells])
     header = ["", "CPU s allowed", "result after", "FSC 0.5, px", "rotation, mean", "median", "shift, px2"]
     print_table(f"{SET}, by CPU seconds", header, rows)
     for program in programs:

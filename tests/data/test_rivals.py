@@ -19,6 +19,7 @@ from tests.bench.rivals import (
     evaluations,
     followed,
     print_ratios,
+    print_reached,
     progress,
     write_cryodrgn_input,
 )
@@ -74,7 +75,7 @@ def test_a_program_is_followed_by_its_cpu_seconds_and_ended(tmp_path):
     mark = tmp_path / "mark"
     command = [sys.executable, "-c", program.format(0.5, str(mark), True)]
     found, seconds = followed(command, tmp_path / "log", lambda: ["here"] * mark.exists(), 1.0)
-    assert [item for _, item in found] == ["here"] and 0.4 < found[0][0] <= seconds and seconds > 1.0
+    assert [item for _, item in found] == ["here"] and 0.4 < found[0][0] <= seconds and 1.0 < seconds < 2.0
     command = [sys.executable, "-c", program.format(0.0, str(mark), False)]
     assert [item for _, item in followed(command, tmp_path / "log", lambda: ["here"], 1.0)[0]] == ["here"]
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -103,3 +104,20 @@ def test_the_commands_of_cryodrgn_name_their_files(tmp_path):
     words = abinit_words("cryodrgn", tmp_path, tmp_path / "out", "-n 3")
     assert words[:3] == ["cryodrgn", "abinit", f"{tmp_path}/particles.mrcs"] and words[-2:] == ["-n", "3"]
     assert words[words.index("-o") + 1] == f"{tmp_path}/out" and "--uninvert-data" not in words
+
+
+def test_a_row_for_each_multiple_of_our_seconds_that_a_program_came_to(capsys):
+    ours = Followed("we", [reached(20, 0.5, 4.0), reached(48, 0.001, 2.0)], 50)
+    ended = Followed("ended", [reached(60, 0.4, 5.0), reached(100, 0.3, 4.0)], 120, "stopped")
+    print_reached([ours, ended, Followed("cut", [reached(300, 0.2, 3.0)], 401)], 50)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:6]] for row in lines[5:-1]]
+    assert cells == [
+        ["we", "50", "48", "2.0000", "1.0000"],
+        ["ended", "50", "", "nothing yet", ""],
+        ["ended", "120", "100", "4.0000", "1.0000"],
+        ["cut", "50", "", "nothing yet", ""],
+        ["cut", "200", "", "nothing yet", ""],
+        ["cut", "400", "300", "3.0000", "1.0000"],
+    ]
+    assert lines[-1] == "ended: stopped"
