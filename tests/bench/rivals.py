@@ -35,7 +35,7 @@ from tests.bench.timing import print_table
 
 SET, STUDY = "data/spliceosome_32", Path("conf/study/table1.yaml")
 TIMES = (1, 4, 8)
-QUALITIES = ((0.5, 4.0), (0.1, 2.5), (0.01, 2.1), (0.002, 2.1), (0.001, 2.1))
+QUALITIES = ((0.5, 4.0), (0.1, 2.5), (0.01, 2.2), (0.002, 2.1), (0.001, 2.1))
 SHOWN = ("fsc/resolution_px_0.5", "pose/rotation_sqfrob_mean", "pose/rotation_sqfrob_median", "pose/shift_sq_px_mean")
 FSC, _, MEDIAN, _ = SHOWN
 POLL_SECONDS = 0.2
@@ -228,9 +228,9 @@ def progress(log: str, seconds: float) -> str:
     """How far a run of `abinit` came by its log, with images and CPU seconds."""
     counts = re.findall(r"Train Epoch: (\d+)/(\d+)\] \[(\d+)/(\d+) particles", log)
     if not counts:
-        return f"before its first epoch after {seconds:.0f} CPU s"
+        return f"{seconds:.0f} CPU s, nothing counted yet"
     epoch, last, image, images = counts[-1]
-    return f"in epoch {epoch} of {last} at image {int(image):,} of {int(images):,} after {seconds:.0f} CPU s"
+    return f"{seconds:.0f} CPU s, its last count is image {int(image):,} of {int(images):,} in epoch {epoch} of {last}"
 
 
 def followed(

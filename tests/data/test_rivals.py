@@ -58,8 +58,8 @@ def test_translations_of_abinit_are_pixels_by_which_the_image_is_centred(write_e
 
 def test_progress_is_the_last_count_of_the_log():
     log = "# [Train Epoch: 1/30] [208/5000 particles]\n# [Train Epoch: 2/30] [1408/5000 particles]\nWill"
-    assert progress(log, 77.4) == "in epoch 2 of 30 at image 1,408 of 5,000 after 77 CPU s"
-    assert progress("INFO", 77.4) == "before its first epoch after 77 CPU s"
+    assert progress(log, 77.4) == "77 CPU s, its last count is image 1,408 of 5,000 in epoch 2 of 30"
+    assert progress("INFO", 77.4) == "77 CPU s, nothing counted yet"
 
 
 def test_evaluations_are_whole_rows_that_hold_one(tmp_path):
