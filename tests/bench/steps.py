@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import aceray
-from aceray.build import build_trainer
+from aceray.build import build_trainer, training_box
 from aceray.config import Config
 from aceray.data.manifest import ImageLayout
 from aceray.data.particles import ParticleSet
@@ -109,7 +109,7 @@ def measure_step(config: Config, particles: ParticleSet, pip: bool) -> Step:
         if next(running, None) is None:
             break
         seconds.append(time.process_time() - started)
-    flops = counter.get_total_flops() + sampled_flops(config, particles.manifest.box, pip)
+    flops = counter.get_total_flops() + sampled_flops(config, training_box(config, particles.manifest.box), pip)
     return Step(statistics.median(seconds), flops)
 
 
