@@ -1,18 +1,21 @@
-"""What runs, conversions and studies let a cluster's Prometheus see, by way of Ray; gauges.py lists it.
+"""What is seen of runs, conversions and studies: by a cluster's Prometheus, by way of Ray (gauges.py lists it), and by
+their user, when no step comes any more.
 
 A step costs an assignment: a thread turns the newest report into numbers every few seconds. It goes on while nothing is
 reported, for Ray forgets a gauge that was not set for two of its report intervals (20 s), and a run that hangs must
 stay in sight. Where this process has no Ray session nothing is exported, and Ray is not imported.
 """
 
+import contextlib
 import functools
+import logging
 import math
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +29,13 @@ from aceray.train.loop import Progress
 
 # Ray's own interval is ten seconds; a gauge that is set twice in each is never missed.
 SECONDS_BETWEEN_EXPORTS = 5.0
+# No step for so long, and for ten times the slowest step so far, is told: a worker may hang that answers as if it did
+# not. A start, a round of refinement and the last map of a million images may take longer.
+SECONDS_WITHOUT_A_STEP = 900.0
+SECONDS_WITHOUT_A_ROUND = 3600.0
+SLOWER_THAN_EVER = 10.0
+_log = logging.getLogger("aceray")
+Result = TypeVar("Result")
 Sample = tuple[str, float, Mapping[str, str]]
 """Name, value and labels."""
 
@@ -136,6 +146,59 @@ class RunMonitor(Monitor):
                 yield gauge, value, {**self._labels, **more}
             elif name.startswith("select/"):
                 yield "aceray_select_score", value, {**self._labels, "score": name.removeprefix("select/")}
+
+
+def overseen(
+    progress: Generator[Progress, None, Result], name: str, train_steps: int
+) -> Generator[Progress, None, Result]:
+    """The same steps; one warning whenever the next one does not come for far too long. Nothing is ended."""
+    over, wait = threading.Event(), _Wait(name, train_steps)
+    threading.Thread(target=wait.watch, args=(over,), name="aceray-overseer", daemon=True).start()
+    try:
+        with contextlib.closing(progress):
+            while True:
+                wait.begin()
+                try:
+                    step = next(progress)
+                except StopIteration as end:
+                    return end.value
+                wait.end(step)
+                yield step
+    finally:
+        over.set()
+
+
+class _Wait:
+    """The present wait for a step, and the longest so far."""
+
+    def __init__(self, name: str, train_steps: int) -> None:
+        self._name, self._train_steps = name, train_steps
+        self._since: float | None = None
+        self._longest, self._last, self._told = 0.0, 0, False
+
+    def begin(self) -> None:
+        self._since, self._told = time.monotonic(), False
+
+    def end(self, step: Progress) -> None:
+        if self._since is not None and self._last:  # the first comes after the start, which says nothing of steps
+            self._longest = max(self._longest, time.monotonic() - self._since)
+        self._since, self._last = None, step.step
+
+    def watch(self, over: threading.Event) -> None:
+        while not over.wait(SECONDS_WITHOUT_A_STEP / 30):
+            since = self._since  # the other thread may end the wait in this moment
+            seconds = 0.0 if since is None else time.monotonic() - since
+            if not self._told and seconds > self._limit_seconds():
+                self._told = True
+                last = f"the last was step {self._last}" if self._last else "the first has not come"
+                _log.warning(
+                    "%s: no step for %.0f min (%s); if this machine, its workers or its storage hang, end the run "
+                    "(Ctrl-C) and resume it from its newest checkpoint", self._name, seconds / 60, last,
+                )  # fmt: skip
+
+    def _limit_seconds(self) -> float:
+        training = 0 < self._last < self._train_steps
+        return max(SECONDS_WITHOUT_A_STEP if training else SECONDS_WITHOUT_A_ROUND, SLOWER_THAN_EVER * self._longest)
 
 
 class DeviceMonitor(Monitor):

@@ -28,6 +28,11 @@ def given() -> bool:
     return _given.is_set()
 
 
+def heeding() -> bool:
+    """Whether somebody asks after every step."""
+    return bool(_heeding)
+
+
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
     """In this context somebody asks `given` after every step, so a SIGTERM need not interrupt."""

@@ -20,7 +20,7 @@ from aceray.data.particles import ParticleSet, ParticleStack, RowGroup, open_par
 from aceray.data.storage import append_line, exclusive
 from aceray.distributed.ingest import read_here
 from aceray.distributed.memory import bounded, check_bound
-from aceray.distributed.monitor import RunMonitor
+from aceray.distributed.monitor import RunMonitor, overseen
 from aceray.distributed.notice import ended_by_sigterm
 from aceray.distributed.results import oracle_metrics, write_half_maps, write_results
 from aceray.distributed.share import Place, Share, load, predict_share, train_share, within_memory
@@ -100,7 +100,8 @@ def _in_folder(
         _check_data(folder, particles)
         with within_memory(), track(config, folder, _tags(config, particles.manifest.sha256)) as tracker:
             folder.cut_history(_newest_whole(folder))
-            with _timed(folder), contextlib.closing(_train(config, folder, particles, groups, stack)) as progress:
+            steps = overseen(_train(config, folder, particles, groups, stack), config.name, config.train.steps)
+            with _timed(folder), contextlib.closing(steps) as progress:
                 shares = yield from follow(progress, folder, tracker)
             return write_results(config, folder, particles, shares, tracker)
     except AcerayError:

@@ -123,10 +123,12 @@ def train_share(
         for progress in trainer.run():
             if progress.checkpoint_due:
                 _keep(config, folder, place, *trainer.checkpoint())
-            yield replace(progress, steps=last_step(config))
-            if notice.given():
-                if not progress.checkpoint_due:
+            try:
+                yield replace(progress, steps=last_step(config))
+            finally:  # also where the other run of a pair has its turn when notice is given
+                if notice.given() and not progress.checkpoint_due:
                     _keep(config, folder, place, *trainer.checkpoint())
+            if notice.given():
                 raise KeyboardInterrupt(f"the run was told to end; step {progress.step} is kept")
     if config.refine is None:
         return _share(trainer)

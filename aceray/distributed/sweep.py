@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from aceray.config import Config
+from aceray.distributed import notice
 from aceray.distributed.cluster import connect, reserve
 from aceray.distributed.failures import known_error
 from aceray.distributed.shared_storage import check_shared
-from aceray.distributed.shelf import open_shelf
+from aceray.distributed.shelf import News, open_shelf
 from aceray.distributed.suggest import MakeTrial, Suggestions, experienced_scheduler
 from aceray.distributed.trial import (
     ENDED,
@@ -40,11 +42,15 @@ from aceray.errors import ConfigError
 from aceray.study import Point, Scheduler, Study, applicable
 
 OnEvent = Callable[[TrialEvent], None]
+_log = logging.getLogger("aceray")
 
 # A cluster that cannot give a trial its place says so within half a minute.
 PATIENCE_SECONDS = 20.0
 # A trial that waits for its workers needs next to nothing, but Tune has no place that is nothing.
 CPUS_OF_A_WAITING_TRIAL = 0.01
+SECONDS_BETWEEN_NEWS = 1.0
+# After so long without a call of a trial's process its user is told.
+SECONDS_TO_CALL = 60.0
 # How often a trial is started again whose process was lost.
 MAX_FAILURES = 2
 # Checkpoints of a trial that others may take up; Tune has a copy of each.
@@ -64,8 +70,8 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
     """Run the trials of a study to their ends; `on_event` is called in this process whenever one gets further.
 
     `waiting` are the trials of a grid, of random points or of a population that have not ended; with Optuna it is
-    empty and `make_trial` is called for each new point. An interrupt ends all trials within seconds; they, and those
-    that the budget cut off, are marked as interrupted.
+    empty and `make_trial` is called for each new point. An interrupt ends all trials within seconds, a notice
+    (notice.py) when each has kept its present step; they, and those that the budget cut off, are marked as interrupted.
 
     Raises:
         ClusterError: the cluster does not answer, cannot give what a trial needs, or a node does not see the storage.
@@ -84,7 +90,8 @@ def sweep(study: Study, waiting: list[Trial], address: str, on_event: OnEvent, m
         if address != "local":
             paths = {Path(trial.configs[0].data.path) for trial in waiting} or {Path(config.data.path)}
             check_shared(folder, "studies", paths)
-        shelf, follower = open_shelf(), Follower(waiting, study.scheduler, on_event)
+        shelf = open_shelf()
+        follower = Follower(waiting, study.scheduler, on_event, shelf)
         trainable = tune.with_resources(trainable_of(study, waiting, shelf), place.needs)
         try:
             _fit(lambda: _tuner(study, trainable, place, follower, suggestions, count), follower)
@@ -202,7 +209,8 @@ def _name(config: dict[str, Any]) -> str:
 def _fit(tuner: Callable[[], tune.Tuner], follower: "Follower") -> None:
     interrupted = False
     try:
-        tuner().fit()
+        with notice.heeded():
+            tuner().fit()
     except KeyboardInterrupt:
         interrupted = True
     except Exception as error:
@@ -235,13 +243,14 @@ def _quiet() -> Iterator[None]:
 class Follower(tune.Callback):
     """Turns what Tune tells of its trials into events of ours, and writes how they ended into their folders."""
 
-    def __init__(self, trials: list[Trial], scheduler: Scheduler, on_event: OnEvent) -> None:
+    def __init__(self, trials: list[Trial], scheduler: Scheduler, on_event: OnEvent, shelf: Any) -> None:
         self.trials = {trial.name: trial for trial in trials}
         self.error: Exception | None = None
         """What a callback raised, which Tune would turn into text."""
         self._stopped_by, self._mutations = scheduler.kind, scheduler.mutations
         self._on_event = on_event
         self._running: dict[str, Any] = {}
+        self._shelf, self._asked, self._silent = shelf, 0.0, set[str]()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes itself down to be restored, which a study never does.
@@ -259,6 +268,32 @@ class Follower(tune.Callback):
         except Exception as error:
             self.error = error
             raise
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune looks at its trials, ten times a second; an interrupt when all have done what a notice asks for."""
+        if time.monotonic() - self._asked < (0.1 if notice.given() else SECONDS_BETWEEN_NEWS):
+            return
+        try:
+            news: News = ray.get(self._shelf.news.remote(notice.given()), timeout=1.0)
+        except (GetTimeoutError, RayError):
+            return
+        finally:
+            self._asked = time.monotonic()
+        running = {str(trial) for trial in trials if trial.status == "RUNNING"}
+        self._warn(news, running)
+        if notice.given() and running <= news.kept:
+            raise KeyboardInterrupt("the study was told to end")
+
+    def _warn(self, news: News, running: set[str]) -> None:
+        for name, text in news.warnings:
+            _log.warning("%s: %s", name, text)
+        silent = {name for name in running if news.silent_seconds.get(name, 0.0) > SECONDS_TO_CALL}
+        for name in silent - self._silent:
+            _log.warning(
+                "%s: the trial's process has not answered for %.0f s; look at its node. If it hangs, end the study "
+                "(Ctrl-C) and go on with it (--resume)", name, news.silent_seconds[name],
+            )  # fmt: skip
+        self._silent = silent
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process is there."""

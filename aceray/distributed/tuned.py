@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from ray import tune
 
 from aceray.build import last_step
-from aceray.distributed.shelf import reader
+from aceray.distributed.shelf import in_touch, reader
 from aceray.distributed.trial import Report, Trial, changed, read_notes, run_trial, write_notes
 from aceray.errors import AcerayError
 from aceray.presets import flat, load_config
@@ -33,10 +34,15 @@ def train(config: dict[str, Any], *, trials: dict[str, Trial], mutations: tuple[
     """Run a trial; `config` holds it, or of those in `trials` the values that may change in mid-run."""
     trial = config.get("trial") or trials[tune.get_context().get_trial_name()]
     torch.set_num_threads(max(1, int(trial.configs[0].resources.cpus_per_worker)))
-    with tempfile.TemporaryDirectory(prefix="aceray-") as handed:
+    with tempfile.TemporaryDirectory(prefix="aceray-") as handed, in_touch(shelf, trial.name) as kept:
         donor = _donor(trial)
         trial = _with_values(trial, {key: config[key] for key in mutations}, donor)
-        _report_all(trial, shelf, donor, Path(handed) if mutations else None)
+        try:
+            _report_all(trial, shelf, donor, Path(handed) if mutations else None)
+        except KeyboardInterrupt:  # its study was told to end
+            kept.set()
+            # Tune would take any word of it for its end and begin another trial; the study's process kills this one
+            threading.Event().wait()
 
 
 def _report_all(trial: Trial, shelf: Any, start_from: Path | None, handed: Path | None) -> None:

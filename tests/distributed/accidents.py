@@ -113,6 +113,21 @@ def asleep_always(
     raise AssertionError
 
 
+def asleep_for_a_while(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """A worker makes no step for ten seconds, though its process answers."""
+    progress = train_share(config, folder, particles, stack, place)
+    while True:
+        try:
+            event = next(progress)
+        except StopIteration as end:
+            return end.value
+        if event.step == STEP:
+            time.sleep(10.0)
+        yield event
+
+
 def stopped_always(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:

@@ -4,8 +4,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psutil
@@ -13,15 +14,21 @@ import pytest
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
+from aceray.api import tune
 from aceray.config import Config
 from aceray.data.particles import open_particles
-from aceray.distributed import supervisor
+from aceray.distributed import monitor, supervisor, sweep
 from aceray.distributed.cluster import connect
 from aceray.distributed.failures import known_error
-from aceray.distributed.run import run
+from aceray.distributed.monitor import overseen
+from aceray.distributed.run import exhaust, run
+from aceray.distributed.shelf import Shelf
+from aceray.distributed.trial import TrialEvent
 from aceray.errors import ClusterError
 from aceray.folder import RunFolder
 from aceray.presets import load_config
+from aceray.study import load_study
+from aceray.train.loop import Progress
 from tests.distributed import accidents
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import write_particles
@@ -91,6 +98,101 @@ def test_workers_that_do_not_compute_are_one_line(
         run(configure("resources.workers=2"))
     print(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_lone_worker_that_makes_no_step_is_told(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own_ray: None
+) -> None:
+    """Nobody waits for it but the user, whose run goes on when it does."""
+    monkeypatch.setattr(monitor, "SECONDS_WITHOUT_A_STEP", 3.0)
+    monkeypatch.setattr(monitor, "SLOWER_THAN_EVER", 1.0)
+    monkeypatch.setattr("aceray.distributed.run.train_share", accidents.asleep_for_a_while)
+    result = run(configure("resources.workers=1"))
+    assert any(re.match(r"run: no step for .* min \(the last was step \d+\); if", text) for text in caplog.messages)
+    assert [row["step"] for row in RunFolder(result.folder).read_history()] == list(range(1, 41))
+
+
+def waits(pauses: list[float], train_steps: int = 100) -> Generator[Progress, None, str]:
+    """Steps that take so many seconds."""
+    for step, pause in enumerate(pauses, 1):
+        time.sleep(pause)
+        yield Progress(step, train_steps, {}, 1.0)
+    return "end"
+
+
+@pytest.mark.parametrize(
+    ("pauses", "train_steps", "told"),
+    [
+        ([0.8, 0.0, 0.8, 0.8, 0.0], 100, ["step 2"]),  # the start may take longer; then it has been as slow before
+        ([0.0, 0.8, 0.0, 0.8], 2, ["step 1"]),  # rounds may take longer
+        ([0.0, 1.6], 1, ["step 1"]),
+        ([1.6], 1, ["the first has not come"]),
+    ],
+)
+def test_a_step_that_does_not_come_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    pauses: list[float],
+    train_steps: int,
+    told: list[str],
+) -> None:
+    monkeypatch.setattr(monitor, "SECONDS_WITHOUT_A_STEP", 0.4)
+    monkeypatch.setattr(monitor, "SECONDS_WITHOUT_A_ROUND", 1.2)
+    monkeypatch.setattr(monitor, "SLOWER_THAN_EVER", 1.5)
+    before = threading.active_count()
+    steps: list[int] = []
+
+    def slow(event: Progress) -> None:
+        time.sleep(0.6 if event.step == 1 else 0.0)  # its own time is not the run's
+        steps.append(event.step)
+
+    assert exhaust(overseen(waits(pauses), "it", train_steps), slow) == "end"
+    assert steps == list(range(1, len(pauses) + 1))
+    assert len(caplog.messages) == len(told)
+    assert all(text in message for text, message in zip(told, caplog.messages, strict=True))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_that_does_not_answer_is_told(
+    tmp_path: Path, particles: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGSTOP of its process; it goes on when it is told to."""
+    monkeypatch.setattr(sweep, "SECONDS_TO_CALL", 5.0)
+    base = [*QUICK, "train.evaluate_every=5", f"data.path={particles}"]
+    objective = "objective: {metric: select/d4_consistency, mode: min}"
+    text = f"name: s\nstudies: {tmp_path}\nbase: {base}\nspace:\n  pip.weight: [0.0]\n{objective}\n"
+    (tmp_path / "s.yaml").write_text(text)
+    stopped: list[psutil.Process] = []
+
+    def stop(event: TrialEvent) -> None:
+        if event.report is not None and not stopped:
+            children = psutil.Process().children(recursive=True)
+            stopped.extend(each for each in children if each.name().startswith("ray::ImplicitFu"))
+            stopped[0].send_signal(signal.SIGSTOP)
+            threading.Timer(15.0, stopped[0].send_signal, (signal.SIGCONT,)).start()
+
+    result = tune(load_study(str(tmp_path / "s.yaml")), on_event=stop)
+    (told,) = (text for text in caplog.messages if "the trial's process has not answered for" in text)
+    assert "go on with it (--resume)" in told and "\n" not in told
+    assert result.count("finished") == 1
+
+
+def test_the_shelf_tells_the_study_what_its_trials_say() -> None:
+    shelf = Shelf()
+    assert not shelf.call("a", ["careful"], kept=False)
+    assert shelf.news(told=False).warnings == [("a", "careful")]
+    assert shelf.news(told=True).warnings == []
+    assert shelf.call("a", [], kept=False)
+    assert shelf.call("a", [], kept=True)
+    news = shelf.news(told=False)
+    assert news.kept == {"a"} and 0 <= news.silent_seconds["a"] < 1
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from aceray.api import tune
 from aceray.config import Config
 from aceray.distributed import notice
 from aceray.distributed.cluster import connect
 from aceray.distributed.run import run
 from aceray.folder import RunFolder
 from aceray.presets import load_config
+from aceray.study import load_study
 from tests.distributed import accidents
 from tests.distributed.conftest import QUICK
 from tests.distributed.particles import write_particles
@@ -157,22 +159,59 @@ def test_a_notice_to_one_worker_keeps_the_step_and_another_goes_on(
     assert_same(RunFolder(shaken.folder), RunFolder(steady.folder))
 
 
+TRIAL_STEPS = 600
+STUDY = """
+name: {name}
+studies: {folder}
+base: {base}
+space:
+  pip.weight: {weights}
+members: {members}
+objective: {{metric: select/d4_consistency, mode: min}}
+"""
+
+
+def runs_of(study: Path) -> list[RunFolder]:
+    return [RunFolder(file.parent) for file in sorted(study.glob("trials/**/config.yaml"))]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_notice_keeps_the_step_of_a_trial(tmp_path: Path, particles: Path) -> None:
-    """Of a study in this process."""
-    base = [*QUICK, *RARE, "train.steps=100000", "train.evaluate_every=5", f"data.path={particles}"]
-    objective = "objective: {metric: select/d4_consistency, mode: min}"
-    study = f"name: s\nstudies: {tmp_path}\nbase: {base}\nspace:\n  pip.weight: [0.0]\n{objective}\n"
-    (tmp_path / "s.yaml").write_text(study)
-    place = "aceray.display:StudyDisplay.happened"  # it runs, it has evaluated
-    code, err, took = told(["tune", str(tmp_path / "s.yaml"), "--address", "none"], place, 2)
-    assert code == 130 and "interrupted; to go on: aceray tune" in err and "Traceback" not in err
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("address", "members", "workers", "weights"),
+    [("none", "two_seeds", 0, [0.0]), ("local", "one", 0, [0.0, 1.0]), ("local", "one", 1, [0.0])],
+)
+def test_a_notice_keeps_the_steps_of_trials(
+    tmp_path: Path, particles: Path, address: str, members: str, workers: int, weights: list[float]
+) -> None:
+    """In this process, where both runs of a pair are under way at once, and on Ray, where the trials are."""
+    base = [*QUICK, *RARE, f"train.steps={TRIAL_STEPS}", "train.evaluate_every=50", f"data.path={particles}"]
+    base += [f"resources.workers={workers}", "train.lanes=1"]
+    for name in ("steady", "shaken"):
+        (tmp_path / f"{name}.yaml").write_text(
+            STUDY.format(name=name, folder=tmp_path, base=base, members=members, weights=weights)
+        )
+    steady = tune(load_study(str(tmp_path / "steady.yaml")), address="none")
+    shaken, file = tmp_path / "shaken", str(tmp_path / "shaken.yaml")
+    # the trials have begun, and have evaluated now and then
+    code, err, took = told(["tune", file, "--address", address], "aceray.display:StudyDisplay.happened", 4)
+    assert code == 130 and "interrupted; to go on: aceray tune" in err and "Traceback" not in err, err
     assert took < SECONDS * crowded(), took
-    (trial,) = (tmp_path / "s" / "trials").iterdir()
-    folder = RunFolder(trial)
-    assert folder.checkpoint_steps() == [folder.read_history()[-1]["step"]]
-    assert json.loads(folder.trial.read_text())["status"] == "interrupted"
+    assert {json.loads(path.read_text())["status"] for path in shaken.glob("trials/*/trial.json")} == {"interrupted"}
+    speeds: dict[Path, list[float]] = {}
+    for folder in runs_of(shaken):
+        rows = folder.read_history()
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        assert folder.checkpoint_steps() == ([len(rows)] if rows else [])  # what was done is kept
+        speeds[folder.path] = [row["train/particles_per_second"] for row in rows]
+    counts = sorted(len(each) for each in speeds.values())
+    assert len(counts) == (1 if workers else 2) and counts[0] > 0 and 50 < counts[-1] < TRIAL_STEPS  # at once
+    tune(load_study(file), address=address, resume=True)
+    for folder, expected in zip(runs_of(shaken), runs_of(steady.folder), strict=True):
+        before = speeds.get(folder.path, [])
+        # these steps were not done again
+        assert [row["train/particles_per_second"] for row in folder.read_history()][: len(before)] == before
+        assert_same(folder, expected)
 
 
 def test_a_notice_is_heeded_or_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
