@@ -21,6 +21,8 @@ def test_what_the_user_has_set_stands(
     monkeypatch: pytest.MonkeyPatch, address: str, before: str | None, after: str | None
 ) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+    # Set even where it is to be absent: of a name that was not there delenv remembers nothing, and what the function
+    # sets would stay for the tests after this one.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", before or "")
     if before is None:
         monkeypatch.delenv("GLOO_SOCKET_IFNAME")
