@@ -59,6 +59,7 @@ from aceray.train.study_figures import (
 OnOracle = Callable[[Path, OracleProgress], None]
 
 FEWEST_FOR_IMPORTANCE = 8
+MOST_VALUES_FOR_FANOVA = 20
 _MOST_TILES = 48
 _MEMBERS = (".", "half_1", "seed_1")
 
@@ -337,12 +338,13 @@ def _importance(study: Study, entries: Sequence[Entry], objective: Objective) ->
     import optuna
     from optuna import importance
 
-    # fANOVA (Hutter et al. 2014) explains the whole spread, but knows no conditions; PED-ANOVA (Watanabe et al. 2023)
-    # compares the better half of the trials with all of them.
+    # fANOVA (Hutter et al. 2014) explains the whole spread, but knows no conditions and takes minutes over hundreds of
+    # values; PED-ANOVA (Watanabe et al. 2023) compares the better half of the trials with all of them.
     everywhere = all(key in entry.point for key in study.space for entry in entries)
+    few = all(len(dimension.values) <= MOST_VALUES_FOR_FANOVA for dimension in study.space.values())
     evaluator = (
         importance.FanovaImportanceEvaluator(seed=0)
-        if everywhere
+        if everywhere and few
         else importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)

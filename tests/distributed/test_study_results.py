@@ -229,3 +229,11 @@ def test_importances_know_ranges_and_conditions(tmp_path: Path) -> None:
     ]
     shares = importances(study, trials_of(points, lambda point: -point["optim.encoder_lr"]))[AREA]
     assert max(shares, key=lambda key: shares[key]) == "optim.encoder_lr"
+
+
+def test_importances_of_hundreds_of_values_are_there_as_well(tmp_path: Path) -> None:
+    """In seconds, where trees over all of them would take minutes."""
+    study = study_with(tmp_path, space={"pip.weight": [0.0, 2.0], "seed": list(range(100))})
+    points = [{"pip.weight": weight, "seed": seed} for weight in (0.0, 2.0) for seed in range(100)]
+    shares = importances(study, trials_of(points, lambda point: point["pip.weight"] + 0.001 * point["seed"]))[AREA]
+    assert shares["pip.weight"] > 0.9 > shares["seed"]
