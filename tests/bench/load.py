@@ -94,7 +94,7 @@ def study(folder: Path, uri: str) -> None:
 
 
 def trials(folder: Path, address: str, count: int) -> list[str]:
-    """A row: a whole study of tiny trainings with MLflow; minutes of its quarters, in which each trial costs alike."""
+    """A row: a whole study of tiny trainings with MLflow; the seconds of its quarters tell whether each trial costs alike."""
     data, uri = write_particles(folder / "blobs").path, f"sqlite:///{folder}/{address}.db"
     base = [*QUICK, f"data.path={data}", "data.half_set=1", "tracking.enabled=true", f"tracking.uri={uri}"]
     base += [f"train.steps={STEPS_OF_A_TRIAL}", f"train.evaluate_every={STEPS_OF_A_TRIAL}"]
@@ -136,10 +136,11 @@ def main() -> None:
     rows = []
     parts = sys.argv[1:] if sys.argv[0].endswith("load.py") else []
     if parts[:1] == ["trials"]:
-        address, count = [*parts[1:], *("local", TRIALS)[len(parts) - 1 :]]
+        address = parts[1] if len(parts) > 1 else "local"
+        count = int(parts[2]) if len(parts) > 2 else TRIALS
         with tempfile.TemporaryDirectory() as name:
             head = ["address", "wall s", "of its quarters", "trials a minute", "CPU s", "peak MiB", "points in MLflow"]
-            print_table(f"{count} trials", head, [trials(Path(name), address, int(count))])
+            print_table(f"{count} trials", head, [trials(Path(name), address, count)])
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -30,6 +30,7 @@ import yaml
 
 import aceray
 from aceray.data.particles import ParticleSet, open_particles
+from aceray.data.pose_files import unpickle_arrays
 from aceray.distributed.ingest import read_here
 from tests.bench.timing import print_table
 
@@ -214,13 +215,13 @@ def epochs(out: Path) -> list[int]:
 def score_epoch(out: Path, epoch: int, particles: ParticleSet) -> dict[str, float]:
     """Our metrics of its poses and map after an epoch."""
     poses = out / f"fraction.{epoch}.pkl"
-    poses.write_bytes(as_fractions((out / f"pose.{epoch}.pkl").read_bytes(), particles.manifest.box))
+    poses.write_bytes(as_fractions(out / f"pose.{epoch}.pkl", particles.manifest.box))
     return aceray.score(str(particles.path), poses, out / f"reconstruct.{epoch}.mrc")
 
 
-def as_fractions(abinit_poses: bytes, box: int) -> bytes:
+def as_fractions(abinit_poses: Path, box: int) -> bytes:
     """Poses in cryoDRGN's own format, translations as fractions of the box: `abinit` 4.3.1 leaves them in pixels."""
-    rotation, shift_px = pickle.loads(abinit_poses)
+    rotation, shift_px = unpickle_arrays(abinit_poses)
     return pickle.dumps((rotation.astype(np.float32), (shift_px / box).astype(np.float32)))
 
 

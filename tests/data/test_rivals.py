@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aceray.data.pose_files import read_poses
+from aceray.data.pose_files import read_poses, unpickle_arrays
 from tests.bench.rivals import (
     SHOWN,
     Followed,
@@ -37,7 +37,7 @@ def test_cryodrgn_gets_the_images_and_a_column_for_each_part_of_the_ctf(write_ex
         assert file.data is not None and file.data.shape == (400, BOX, BOX) and file.is_image_stack()
         assert file.voxel_size.x == pytest.approx(PIXEL_SIZE)
     known = particles.read(particles.row_groups()).to_pandas()
-    table = pickle.loads((tmp_path / "ctf.pkl").read_bytes())
+    (table,) = unpickle_arrays(tmp_path / "ctf.pkl")
     names = ["defocus_u_angstrom", "defocus_v_angstrom", "astigmatism_deg", "voltage_kv", "spherical_aberration_mm"]
     assert table.dtype == np.float32 and table.shape == (400, 9)
     np.testing.assert_array_equal(
@@ -49,7 +49,8 @@ def test_cryodrgn_gets_the_images_and_a_column_for_each_part_of_the_ctf(write_ex
 def test_translations_of_abinit_are_pixels_by_which_the_image_is_centred(write_example, tmp_path):
     particles = write_example()
     rotation, shift_px = particles.read_truth().rotation, particles.read_truth().shift_px / 8
-    left = pickle.dumps((rotation.double().numpy(), -shift_px.double().numpy()))
+    left = tmp_path / "pose.1.pkl"
+    left.write_bytes(pickle.dumps((rotation.double().numpy(), -shift_px.double().numpy())))
     (tmp_path / "poses.pkl").write_bytes(as_fractions(left, BOX))
     found, found_px, _ = read_poses(tmp_path / "poses.pkl", particles.manifest)
     torch.testing.assert_close(found, rotation)

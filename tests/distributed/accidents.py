@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from aceray.config import Config
 from aceray.data.particles import ParticleSet, ParticleStack
@@ -15,21 +15,32 @@ from aceray.train.loop import Progress
 STEP = 25
 
 
-def killed_once(
-    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+def after_the_step(
+    progress: Generator[Progress, None, Share], happens: Callable[[], None]
 ) -> Generator[Progress, None, Share]:
-    """The worker is killed, as by the kernel, when it has done a step; its successor is left alone."""
-    progress = train_share(config, folder, particles, stack, place)
+    """The same steps; something happens when step 25 has been handed on."""
     while True:
         try:
             event = next(progress)
         except StopIteration as end:
             return end.value
         yield event
-        mark = folder.path / "killed"
-        if event.step == STEP and not mark.exists():
+        if event.step == STEP:
+            happens()
+
+
+def killed_once(
+    config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
+) -> Generator[Progress, None, Share]:
+    """The worker is killed, as by the kernel, when it has done a step; its successor is left alone."""
+    mark = folder.path / "killed"
+
+    def kill() -> None:
+        if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return (yield from after_the_step(train_share(config, folder, particles, stack, place), kill))
 
 
 def killed_always(
@@ -89,17 +100,14 @@ def stopped_once(
     config: Config, folder: RunFolder, particles: ParticleSet, stack: ParticleStack, place: Place
 ) -> Generator[Progress, None, Share]:
     """The second worker answers nothing any more, as on a node that hangs; its successor is left alone."""
-    progress = train_share(config, folder, particles, stack, place)
-    while True:
-        try:
-            event = next(progress)
-        except StopIteration as end:
-            return end.value
-        yield event
-        mark = folder.path / "stopped"
-        if place.rank == 1 and event.step == STEP and not mark.exists():
+    mark = folder.path / "stopped"
+
+    def stop() -> None:
+        if place.rank == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
+
+    return (yield from after_the_step(train_share(config, folder, particles, stack, place), stop))
 
 
 def asleep_always(
@@ -118,14 +126,7 @@ def asleep_for_a_while(
 ) -> Generator[Progress, None, Share]:
     """A worker makes no step for ten seconds, though its process answers."""
     progress = train_share(config, folder, particles, stack, place)
-    while True:
-        try:
-            event = next(progress)
-        except StopIteration as end:
-            return end.value
-        if event.step == STEP:
-            time.sleep(10.0)
-        yield event
+    return (yield from after_the_step(progress, lambda: time.sleep(10.0)))
 
 
 def stopped_always(

@@ -12,6 +12,7 @@ from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_
 from aceray.train.energy import Images, Reference, make_reference
 from aceray.train.reconstruct import Maps, Reconstruction
 from aceray.train.symmetry import (
+    _shares,
     correlation_by_angle,
     cyclic_group,
     find_near_symmetry,
@@ -79,12 +80,13 @@ def test_groups_of_angles(degrees: float, order: int | None) -> None:
         torch.testing.assert_close(group[1] @ AXIS, AXIS, atol=1e-4, rtol=0)
 
 
-def solved_share(noise: float, count: int = 500, order: int = 3) -> float:
-    """Share of the images, of so much noise over signal, whose registers are found but for a turn of all."""
+def solved_share() -> float:
+    """Share of noisy images whose registers are found but for a turn of all."""
+    count, order = 500, 3
     disc, generator = HalfDisc(BOX), named_generator("tests/symmetry/registers")
     rotation = random_rotations(count, generator)
     clean = central_slice(padded_transform(cloud(order, odd=1.5)), rotation, disc)
-    noisy = clean + noise * clean.abs().square().mean().sqrt() * torch.randn(
+    noisy = clean + 0.2 * clean.abs().square().mean().sqrt() * torch.randn(
         clean.shape, dtype=clean.dtype, generator=generator
     )
     images, group = Images(noisy, None), turns(order)
@@ -106,7 +108,22 @@ def solved_share(noise: float, count: int = 500, order: int = 3) -> float:
 
 
 def test_registers_are_solved_together_up_to_a_common_turn() -> None:
-    assert solved_share(noise=0.2) > 0.95
+    assert solved_share() > 0.95
+
+
+def test_registers_that_are_found_see_all_frequencies_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def noted(energies: torch.Tensor, coefficients: int, temperature: float) -> tuple[float, torch.Tensor]:
+        compared.append(coefficients)
+        return _shares(energies, coefficients, temperature)
+
+    monkeypatch.setattr("aceray.train.symmetry._shares", noted)
+    solved_share()
+    disc = HalfDisc(BOX)
+    low = 2 * int((disc.radius <= 8).sum())
+    assert compared[-11] == low and compared[-1] == 2 * len(disc) > low
+    assert sorted(compared[-11:]) == compared[-11:]
 
 
 def test_the_angle_of_a_near_symmetry_stands_out() -> None:
