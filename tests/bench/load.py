@@ -94,7 +94,7 @@ def study(folder: Path, uri: str) -> None:
 
 
 def trials(folder: Path, address: str, count: int) -> list[str]:
-    """A row: a whole study of tiny trainings with MLflow; the seconds of its quarters tell whether each trial costs alike."""
+    """A row: a whole study of tiny trainings with MLflow; its quarters tell whether every trial costs alike."""
     data, uri = write_particles(folder / "blobs").path, f"sqlite:///{folder}/{address}.db"
     base = [*QUICK, f"data.path={data}", "data.half_set=1", "tracking.enabled=true", f"tracking.uri={uri}"]
     base += [f"train.steps={STEPS_OF_A_TRIAL}", f"train.evaluate_every={STEPS_OF_A_TRIAL}"]
