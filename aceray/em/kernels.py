@@ -18,6 +18,7 @@ from numba import njit
 
 _compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 PARAMETERS = 5  # of a pose: a rotation vector (x, y, z) in the image's frame and a shift (x, y)
+_AT_ONCE = 256  # frequencies whose slopes stay in the first cache
 
 
 class Grid(NamedTuple):
@@ -90,20 +91,36 @@ def _phase_table(table, shift, box):
         table[row] = complex(math.cos(angle), math.sin(angle))
 
 
+@njit(inline="always")
+@no_type_check
+def _turn_slopes(row, q, kx, ky, gradient, r):
+    """Slopes over a turn of one part of a coefficient, from those of the transform, into column q."""
+    by_x, by_y, by_z = gradient
+    along_beam = by_x * r[6] + by_y * r[7] + by_z * r[8]
+    row[0, q], row[1, q] = -ky * along_beam, kx * along_beam
+    row[2, q] = by_x * (ky * r[0] - kx * r[3]) + by_y * (ky * r[1] - kx * r[4]) + by_z * (ky * r[2] - kx * r[5])
+
+
 @_compiled
 @no_type_check
-def _slopes(slope, value, gradient, r, frequency, radian):
-    """Real and imaginary slopes of a coefficient over turn and shift, from those of the transform (side x >= 0)."""
-    (by_x, by_y, by_z), (kx, ky) = gradient, frequency
-    along_0 = by_x * r[0, 0] + by_y * r[0, 1] + by_z * r[0, 2]
-    along_1 = by_x * r[1, 0] + by_y * r[1, 1] + by_z * r[1, 2]
-    along_2 = by_x * r[2, 0] + by_y * r[2, 1] + by_z * r[2, 2]
-    turn = ky * along_0 - kx * along_1
-    slope[0, 0], slope[0, 1] = -ky * along_2.real, -ky * along_2.imag
-    slope[1, 0], slope[1, 1] = kx * along_2.real, kx * along_2.imag
-    slope[2, 0], slope[2, 1] = turn.real, turn.imag
-    slope[3, 0], slope[3, 1] = radian * kx * value.imag, -radian * kx * value.real
-    slope[4, 0], slope[4, 1] = radian * ky * value.imag, -radian * ky * value.real
+def _dot(a, b, count):
+    """Sum of the first products in single precision; so plain that the compiler makes vector instructions of it."""
+    total = np.float32(0.0)
+    for q in range(count):
+        total += a[q] * b[q]
+    return total
+
+
+@_compiled
+@no_type_check
+def _add_products(model, n, row, count):
+    """Add the products of the slopes with each other and with the residual, the last row, to a pose's model."""
+    left = row[PARAMETERS]
+    model.energy[n] += _dot(left, left, count)
+    for a in range(PARAMETERS):
+        model.gradient[n, a] += _dot(row[a], left, count)
+        for b in range(a + 1):
+            model.normal[n, a, b] += _dot(row[a], row[b], count)
 
 
 @_compiled
@@ -112,36 +129,37 @@ def normal_equations(volume, grid, weight, views, rotation, shift_px, model):
     """The model of sum w |C exp(-2 pi i k.t) S(R) - F|^2 about n poses, into the last argument.
 
     weight (p,), rotation (n, 3, 3), shift_px (n, 2). What is moved is the image, back by the shift, rather than the
-    slice and all its slopes.
+    slice and all its slopes. Slopes and residuals of a few hundred frequencies are laid down first and multiplied then.
     """
     box, size = grid.box, volume.shape[0] - 1
     scale, radian = np.float32(size / box), np.float32(2 * math.pi / box)
     phases_x, phases_y = np.empty(box + 1, np.complex64), np.empty(box + 1, np.complex64)
-    slope = np.empty((PARAMETERS, 2), np.float32)
+    row, root = np.empty((PARAMETERS + 1, 2 * _AT_ONCE), np.float32), np.sqrt(weight)
     for n in range(len(rotation)):
-        image, r, total = views.image_of[n], rotation[n], 0.0
+        image, r = views.image_of[n], rotation[n]
+        flat = (r[0, 0], r[0, 1], r[0, 2], r[1, 0], r[1, 1], r[1, 2], r[2, 0], r[2, 1], r[2, 2])
         _phase_table(phases_x, shift_px[n, 0], box)
         _phase_table(phases_y, shift_px[n, 1], box)
-        model.gradient[n], model.normal[n] = 0, 0
-        for p in range(len(weight)):
-            kx, ky, w = grid.frequency[p, 0], grid.frequency[p, 1], weight[p]
-            x, y, z, side = _point(kx, ky, r, scale)
-            value, by_x, by_y, by_z = _interpolated(volume, x, y, z)
-            contrast = np.float32(1.0) if len(views.transfer) == 0 else views.transfer[image, p]
-            # S(-k) is the conjugate of S(k); its gradient is minus the conjugate, which the sign of k makes up for
-            value, along = contrast * value, contrast * scale * side
-            if side < 0:
-                value = value.conjugate()
-                by_x, by_y, by_z = by_x.conjugate(), by_y.conjugate(), by_z.conjugate()
-            _slopes(slope, value, (along * by_x, along * by_y, along * by_z), r, (kx, ky), radian)
-            phase = phases_x[int(kx) + box // 2] * phases_y[int(ky) + box // 2]
-            left = views.images[image, p] * phase - value
-            total += w * (left.real * left.real + left.imag * left.imag)
-            for a in range(PARAMETERS):
-                model.gradient[n, a] += w * (slope[a, 0] * left.real + slope[a, 1] * left.imag)
-                for b in range(a + 1):
-                    model.normal[n, a, b] += w * (slope[a, 0] * slope[b, 0] + slope[a, 1] * slope[b, 1])
-        model.energy[n] = total
+        model.energy[n], model.gradient[n], model.normal[n] = 0, 0, 0
+        for first in range(0, len(weight), _AT_ONCE):
+            last = min(first + _AT_ONCE, len(weight))
+            for p in range(first, last):
+                kx, ky, q = grid.frequency[p, 0], grid.frequency[p, 1], 2 * (p - first)
+                x, y, z, side = _point(kx, ky, r, scale)
+                value, by_x, by_y, by_z = _interpolated(volume, x, y, z)
+                contrast = root[p] * (np.float32(1.0) if len(views.transfer) == 0 else views.transfer[image, p])
+                # S(-k) is the conjugate of S(k), its gradient minus the conjugate
+                real, imag = contrast * value.real, contrast * side * value.imag
+                along = contrast * scale
+                gradient = (along * side * by_x.real, along * side * by_y.real, along * side * by_z.real)
+                _turn_slopes(row, q, kx, ky, gradient, flat)
+                _turn_slopes(row, q + 1, kx, ky, (along * by_x.imag, along * by_y.imag, along * by_z.imag), flat)
+                row[3, q], row[3, q + 1] = radian * kx * imag, -radian * kx * real
+                row[4, q], row[4, q + 1] = radian * ky * imag, -radian * ky * real
+                phase = phases_x[int(kx) + box // 2] * phases_y[int(ky) + box // 2]
+                moved = root[p] * views.images[image, p] * phase
+                row[PARAMETERS, q], row[PARAMETERS, q + 1] = moved.real - real, moved.imag - imag
+            _add_products(model, n, row, 2 * (last - first))
         for a in range(PARAMETERS):
             for b in range(a):
                 model.normal[n, b, a] = model.normal[n, a, b]
