@@ -226,13 +226,16 @@ class Refine(Model):
     """Rounds of every particle's own pose against the map of all, after the training."""
 
     search_rounds: int = Field(
-        6, ge=1, le=100, description="first rounds, at the box of the training, in which all poses are searched"
+        12,
+        ge=1,
+        le=100,
+        description="first rounds at most, at the box of the training, in which all poses are searched until they rest",
     )
     settled_fraction: Fraction = Field(
         0.002, description="once no more than this share of the poses moved in a round, later ones search few"
     )
     rescued_fraction: Fraction = Field(
-        0.05, description="share of the particles, those explained worst, that settled rounds and the last ones search"
+        0.02, description="share of the particles, those explained worst, that settled rounds and the last ones search"
     )
     registers: bool = Field(
         True, description="look for a near-symmetry of the map after the first search, and solve its registers"
@@ -246,7 +249,10 @@ class Refine(Model):
         "the first four shells (gold standard)",
     )
     polish_rounds: int = Field(
-        3, ge=0, le=100, description="last rounds, each at twice the box of the one before up to the largest"
+        3,
+        ge=0,
+        le=100,
+        description="last rounds at most, each at twice the box of the one before up to the largest",
     )
     box: BoxSize | None = Field(None, description="largest box, pixels; null: the stored size")
     search_radius: float = Field(

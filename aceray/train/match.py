@@ -41,7 +41,7 @@ class _Pass:
     plan: Round
     disc: HalfDisc
     reference: Reference
-    search: Search
+    search: Search | None
 
 
 class Matcher:
@@ -67,7 +67,7 @@ class Matcher:
         penalty = None if spread_px is None else shift_penalty(finished.energy, spread_px)
         weight = disc.weight / finished.power[disc.shell]
         reference = agreed_reference(volume, finished.half_fsc[: plan.box // 2 + 1], disc, weight, penalty)
-        return _Pass(plan, disc, reference, Search(reference, plan, spread_px, seed, number))
+        return _Pass(plan, disc, reference, plan.search(reference, spread_px, seed, number))
 
     @torch.no_grad()
     def __call__(self, particles: Particles, start: Poses) -> Poses:
@@ -88,7 +88,9 @@ class Matcher:
             compared = images.at(each.reference.index)
             power = compared.power(each.reference.weight)
             found = refine_poses(each.reference, compared, start, each.plan.steps)
-            found = each.search.improved(images, found, start.shift_px, self._lost(each, found.relative_to(power)))
+            if each.search is not None:
+                lost = self._lost(each, found.relative_to(power))
+                found = each.search.improved(images, found, start.shift_px, lost)
             parts.append(replace(found.relative_to(power), shift_px=found.shift_px / scale))
         return Matches.concatenate(parts)
 

@@ -6,11 +6,12 @@ random ones such rounds do not converge. The residual is whitened by the images'
 the strong low frequencies alone would decide.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
@@ -18,15 +19,11 @@ from aceray.em.rotation import rotation_sqfrob
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.predict import Particles, StreamedCoefficients
 from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell, joined
-from aceray.train.search import find_poses, make_bank, shift_grid, turned_grid
+from aceray.train.search import Search
 from aceray.train.statistics import sum_over_workers
 from aceray.train.symmetry import find_near_symmetry, solve_registers
 
-_NSIDE, _TURNS = 4, 32  # 6,144 rotations, 15 degrees of view and 11 of turn apart
-_SEARCH_STEP = 0.325  # of the search's resolution: neighbouring shifts differ by at most two radians of phase
 _CHUNK = 512
-_NEAR_STEPS = 1.5  # how far from the present shift a search of all images looks
-_FAR_SPREADS = 4.5  # how far from the origin the shifts of lost images are looked for: 1 in 25,000 lies beyond
 # a rotation that moves by more than 41 degrees has left its minimum
 _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
@@ -47,6 +44,12 @@ class Round:
     search_radius: float = 8.0
     searched: float = 0.0
     registers: bool = False
+
+    def search(self, reference: Reference, spread_px: float | None, *key: int) -> Search | None:
+        """What the round looks for lost poses with; in a round that searches a few alone, at all shifts."""
+        if self.searched <= 0:
+            return None
+        return Search(reference, self.search_radius, spread_px, *key, all_shifts=self.searched < 1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,10 @@ class Refiner:
         self._half = (particles.particle_id // 2 % 2).to(disc.radius.device)
 
     def run(self, state: Refined) -> Iterator[Refined]:
-        """Go on from a state; yields after each of the remaining rounds."""
+        """Go on from a state; yields after each of the remaining rounds but those passed over.
+
+        Where a round changed nothing that counts, the following ones that are like it would not either.
+        """
         level: Level | None = None
         while state.done < len(self.rounds):
             plan = self.rounds[state.done]
@@ -207,11 +213,29 @@ class Refiner:
                 level = None  # what it holds goes before what the next one holds comes
                 level = Level(self.particles, self.disc, plan.box)
                 state = replace(state, maps=self._maps(level, state.table))
-            if state.moved <= self._limits.settled or 0 < state.searched < 1:
-                plan = replace(plan, searched=min(plan.searched, self._limits.rescued))
+            few = state.moved <= self._limits.settled or 0 < state.searched < 1
+            searched = min(plan.searched, self._limits.rescued) if few else plan.searched
+            before, plan = state, replace(plan, searched=searched)
             state = self._registers(level, plan, state) if plan.registers else self._round(level, plan, state)
-            state = replace(state, searched=plan.searched)
+            state = replace(state, searched=searched)
+            if self._at_rest(before, state):
+                state = replace(state, done=self._after_those_alike(state.done))
             yield state
+
+    def _at_rest(self, before: Refined, state: Refined) -> bool:
+        """Whether a round left poses and energy as they were after the one before, at the same box.
+
+        One part in the number of frequencies is what two parameters of a pose fit by chance.
+        """
+        if not before.done or self.rounds[before.done - 1].box != self.rounds[before.done].box:
+            return False
+        gain, by_chance = before.energy - state.energy, state.energy / len(HalfDisc(self.rounds[before.done].box))
+        return state.moved <= self._limits.settled and gain <= by_chance
+
+    def _after_those_alike(self, done: int) -> int:
+        """The number of rounds done once all that are planned like the last one are passed over."""
+        alike = itertools.takewhile(lambda plan: plan == self.rounds[done - 1], self.rounds[done:])
+        return done + len(list(alike))
 
     def with_maps(self, state: Refined) -> Refined:
         """A finished state without maps, as checkpoints hold it, with those of its poses."""
@@ -340,7 +364,7 @@ class _Matcher:
         self, reference: Reference, plan: Round, least: float, spread_px: float | None, key: tuple[int, int]
     ) -> None:
         self.reference, self._steps, self._least = reference, plan.steps, least
-        self._search = Search(reference, plan, spread_px, *key) if plan.searched > 0 else None
+        self._search = plan.search(reference, spread_px, *key)
 
     def improved(self, images: Images, before: Matches) -> Matches:
         """The better of what lies near the present pose and of what the search finds."""
@@ -359,38 +383,6 @@ def _improved(matchers: list[_Matcher], images: Images, before: Matches, half: I
         mine = (half == number).nonzero()[:, 0]
         found = found.replaced(mine, matcher.improved(images.take(mine), before.take(mine)))
     return found
-
-
-class Search:
-    """All rotations: with the shifts about the present one, in a round that searches all images.
-
-    In a round that searches a few alone, with all shifts that occur: where the rotation is lost the shift mostly is
-    as well. `spread_px` is their standard deviation along an axis, None where there are none; `key` names the turn of
-    the grid.
-    """
-
-    def __init__(self, reference: Reference, plan: Round, spread_px: float | None, *key: int) -> None:
-        grid = turned_grid(_NSIDE, _TURNS, *key).to(reference.frequency)
-        self._reference, self._bank = reference, make_bank(reference.within(plan.search_radius), grid)
-        step, self._around_present = _SEARCH_STEP * reference.box / plan.search_radius, plan.searched >= 1
-        reach = 0.0 if spread_px is None else _NEAR_STEPS * step
-        if spread_px is not None and not self._around_present:
-            reach = max(reach, _FAR_SPREADS * spread_px)
-        self._offsets = shift_grid(reach, step).to(reference.frequency)
-
-    def improved(
-        self, images: Images, found: Matches, present_px: Float[Tensor, "b 2"], lost: Bool[Tensor, " b"]
-    ) -> Matches:
-        """The poses found, those of lost images exchanged for what the search finds where that explains them better."""
-        rows = lost.nonzero()[:, 0]
-        if not len(rows):
-            return found
-        centre_px = present_px if self._around_present else torch.zeros_like(present_px)
-        better = self._find(images.take(rows), centre_px[rows])
-        return found.replaced(rows, found.take(rows).or_better(better))
-
-    def _find(self, images: Images, centre_px: Float[Tensor, "b 2"]) -> Matches:
-        return Matches.concatenate(list(find_poses(self._reference, self._bank, images, centre_px, self._offsets)))
 
 
 def _means(*columns: Float[Tensor, " n"]) -> list[float]:

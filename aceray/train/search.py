@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from aceray.em.random import named_generator
@@ -22,6 +22,10 @@ _ENERGIES_AT_ONCE = 2**22
 _FIRST_REFINEMENT = 1.6
 _CANDIDATES = 4
 _FIRST_STEPS, _LAST_STEPS = 4, 4
+_NSIDE, _TURNS = 4, 32  # 6,144 rotations, 15 degrees of view and 11 of turn apart
+_SHIFT_STEP = 0.325  # of the search's resolution: neighbouring shifts differ by at most two radians of phase
+_NEAR_STEPS = 1.5  # how far from the present shift a search of all images looks
+_FAR_SPREADS = 4.5  # how far from the origin the shifts of lost images are looked for: 1 in 25,000 lies beyond
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,37 @@ def find_poses(
         flat = refine_poses(near, batch.at(near.index), flat, _FIRST_STEPS, rows)
         first = Matches(*(column.unflatten(0, (-1, keep)) for column in vars(flat).values())).best()
         yield refine_poses(reference, batch.at(reference.index), first, _LAST_STEPS)
+
+
+class Search:
+    """All rotations of a freshly turned grid: with the shifts about the present one, or with all shifts that occur.
+
+    The latter is for the few that are lost: where the rotation is wrong the shift mostly is as well. radius in cycles
+    per box; `spread_px` is the shifts' standard deviation along an axis, None where there are none; `key` names the
+    turn of the grid.
+    """
+
+    def __init__(
+        self, reference: Reference, radius: float, spread_px: float | None, *key: int, all_shifts: bool = False
+    ) -> None:
+        grid = turned_grid(_NSIDE, _TURNS, *key).to(reference.frequency)
+        self._reference, self._bank = reference, make_bank(reference.within(radius), grid)
+        step, self._all_shifts = _SHIFT_STEP * reference.box / radius, all_shifts
+        reach = 0.0 if spread_px is None else _NEAR_STEPS * step
+        if spread_px is not None and all_shifts:
+            reach = max(reach, _FAR_SPREADS * spread_px)
+        self._offsets = shift_grid(reach, step).to(reference.frequency)
+
+    def improved(
+        self, images: Images, found: Matches, present_px: Float[Tensor, "b 2"], lost: Bool[Tensor, " b"]
+    ) -> Matches:
+        """The poses found, those of lost images exchanged for what the search finds where that explains them better."""
+        rows = lost.nonzero()[:, 0]
+        if not len(rows):
+            return found
+        centre_px = torch.zeros_like(present_px) if self._all_shifts else present_px
+        parts = find_poses(self._reference, self._bank, images.take(rows), centre_px[rows], self._offsets)
+        return found.replaced(rows, found.take(rows).or_better(Matches.concatenate(list(parts))))
 
 
 def _between(offsets_px: Float[Tensor, "s 2"]) -> Float[Tensor, "f 2"]:

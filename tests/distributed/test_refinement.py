@@ -147,18 +147,18 @@ def test_plan_of_the_rounds() -> None:
     def boxes(stored: int, *overrides: str) -> list[int]:
         return [each.box for each in refinement_rounds(load_config(*overrides), stored)]
 
-    assert boxes(32) == [32] * 10
-    assert boxes(64) == [32] * 7 + [64] * 3
-    assert boxes(128, "refine.polish_rounds=3") == [32] * 7 + [64, 128, 128]
+    assert boxes(32) == [32] * 16
+    assert boxes(64) == [32] * 13 + [64] * 3
+    assert boxes(128, "refine.polish_rounds=3") == [32] * 13 + [64, 128, 128]
     assert boxes(256, "refine.polish_rounds=2")[-2:] == [90, 256]
     assert boxes(128, "refine.box=64")[-3:] == [64, 64, 64]
-    assert boxes(24) == [24] * 10
+    assert boxes(24) == [24] * 16
     plan = refinement_rounds(load_config(), 64)
     assert [each.registers for each in plan[:3]] == [False, True, False]
-    assert {each.searched for each in plan[:7] if not each.registers} == {1.0}
+    assert {each.searched for each in plan[:13] if not each.registers} == {1.0}
     assert not any(each.registers for each in refinement_rounds(load_config("refine.registers=false"), 64))
     assert boxes(64, "refine=null") == []
-    assert last_step(load_config("train.steps=100")) == 110
+    assert last_step(load_config("train.steps=100")) == 116
     assert last_step(load_config("train.steps=100", "refine=null")) == 100
 
 

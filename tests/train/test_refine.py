@@ -17,7 +17,7 @@ from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Roun
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, projections
 
 DISC = HalfDisc(BOX)
-NEVER = Limits(settled=0.0, rescued=0.0, near_symmetry=1.0)
+NEVER = Limits(settled=-1.0, rescued=0.0, near_symmetry=1.0)
 
 
 def rough(rotation: torch.Tensor, shift: torch.Tensor, wrong: int = 0) -> Refined:
@@ -98,7 +98,7 @@ def test_a_settled_round_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> Non
         turns.append(key)
         return random_rotations(50, named_generator("tests/refine/grid", *key))
 
-    monkeypatch.setattr("aceray.train.refine.turned_grid", counted)
+    monkeypatch.setattr("aceray.train.search.turned_grid", counted)
     plan = [Round(BOX, 2, 4.0, 1.0)] * 3
     list(refiner(particles, plan, limits=replace(NEVER, settled=1.0)).run(rough(rotation, shift)))
     assert turns == []
@@ -115,6 +115,33 @@ def test_once_few_are_searched_it_stays_so() -> None:
     limits = replace(NEVER, rescued=0.05)
     states = list(refiner(particles, [Round(BOX, 2, 4.0, 1.0)] * 3, limits=limits).run(few))
     assert [state.searched for state in states] == [0.05, 0.05]
+
+
+def test_rounds_at_rest_are_passed_over_and_nothing_is_lost() -> None:
+    particles, rotation, shift = particles_and_poses(300, noise=1.0)
+    plan = [Round(10, 3)] * 8 + [Round(BOX, 3)] * 8 + [Round(BOX, 3, 5.0, 0.05)] * 2
+    every = list(refiner(particles, plan).run(rough(rotation, shift)))
+    few = list(refiner(particles, plan, limits=replace(NEVER, settled=0.01)).run(rough(rotation, shift)))
+    assert [state.done for state in every] == list(range(1, 19))
+    done = [state.done for state in few]
+    assert done[-1] == 18 and len(done) < 15
+    # at least two of the rounds at a box, of which the second is seen to change nothing, and one of the last
+    assert 8 in done and 16 in done and len([number for number in done if 8 < number <= 16]) >= 2
+    assert float(error(few[-1], rotation).mean()) < 1.1 * float(error(every[-1], rotation).mean())
+    *_, last = refiner(particles, plan, limits=replace(NEVER, settled=0.01)).run(replace(few[1], maps=None))
+    assert_close(last.table.rotation, few[-1].table.rotation, rtol=0, atol=1e-3)
+
+
+def test_rounds_go_on_while_poses_move_or_the_energy_falls() -> None:
+    particles, rotation, shift = particles_and_poses(100)
+    source = refiner(particles, [Round(BOX, 1)] * 4, limits=replace(NEVER, settled=0.1))
+    before = replace(rough(rotation, shift), done=1, energy=0.5)
+    by_chance = 0.5 / len(DISC)
+    cases = {(0.05, 0.5 * by_chance): True, (0.05, 2 * by_chance): False, (0.2, 0.0): False, (0.0, -0.1): True}
+    for (moved, gain), at_rest in cases.items():
+        after = replace(before, done=2, moved=moved, energy=0.5 - gain)
+        assert source._at_rest(before, after) is at_rest, (moved, gain)
+    assert not source._at_rest(replace(before, done=0), replace(before, done=1, moved=0.0))
 
 
 def test_going_on_from_a_round_gives_what_was_not_interrupted() -> None:
