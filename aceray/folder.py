@@ -165,6 +165,19 @@ class RunFolder:
             break
         return aside
 
+    def drop_unrecorded(self) -> list[int]:
+        """Delete the checkpoints beyond the last row of the history, where there is one before it; what was deleted.
+
+        A kill leaves them between a checkpoint and its row; a run that went on from there would never write the row.
+        """
+        rows, steps = self.read_history(), self.checkpoint_steps()
+        beyond = [step for step in steps if rows and step > rows[-1]["step"]]
+        if len(beyond) == len(steps):
+            return []
+        for step in beyond:
+            self.checkpoint_file(step).unlink()
+        return beyond
+
     def _without(self, step: int) -> str:
         earlier = [other for other in self.checkpoint_steps() if other < step]
         return f"delete it and resume, which starts again from step {earlier[-1] if earlier else 0}"

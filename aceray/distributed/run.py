@@ -110,13 +110,19 @@ def _in_folder(
 
 
 def _newest_whole(folder: RunFolder) -> int:
-    """The step from which the run goes on: that of the newest checkpoint that can be read."""
+    """The step from which the run goes on: that of the newest checkpoint that can be read and is in the history."""
     aside = folder.set_aside_damaged()
+    unrecorded = folder.drop_unrecorded()
     steps = folder.checkpoint_steps()
     if aside:
         _log.warning(
             "%s: the checkpoint is damaged and was renamed to %s; the run goes on from step %d",
             folder.checkpoints, ", ".join(path.name for path in aside), steps[-1],
+        )  # fmt: skip
+    if unrecorded:
+        _log.warning(
+            "%s: the run was killed before step %d was written to history.jsonl; it goes on from step %d",
+            folder.checkpoints, unrecorded[-1], steps[-1],
         )  # fmt: skip
     return steps[-1] if steps else 0
 

@@ -1,5 +1,6 @@
 """Kills while a checkpoint is written, at any byte; two writers; a full, shrunken or read-only disk."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from aceray import api
 from aceray.config import Config
 from aceray.data.particles import open_particles
-from aceray.data.storage import exclusive
+from aceray.data.storage import append_line, exclusive
 from aceray.distributed.run import evaluate_run, run
 from aceray.errors import DataError
 from aceray.folder import RunFolder, create_run_folder
@@ -126,6 +128,35 @@ def test_a_run_killed_again_and_again_ends_with_the_same_parameters(
     last = mine.checkpoint_steps()[-1]
     expected, got = mine.read_checkpoint(last)[0], theirs.read_checkpoint(last)[0]
     assert expected.keys() == got.keys() and all(got[name].equal(expected[name]) for name in expected)
+    assert [row["step"] for row in theirs.read_history()] == [row["step"] for row in mine.read_history()]
+
+
+def test_a_kill_between_a_checkpoint_and_its_row_leaves_no_row_out(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steady = run(configure("name=steady", "train.steps=8", "train.checkpoint_every=2"))
+    config = configure("name=shaken", "train.steps=8", "train.checkpoint_every=2")
+
+    def killed(path: Path, file: FileIO, line: str) -> None:
+        if json.loads(line)["step"] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append_line(path, file, line)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr("aceray.distributed.run.append_line", killed)
+        run(config)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    folder = RunFolder(tmp_path / "runs" / "shaken")
+    assert folder.checkpoint_steps() == [4, 6] and folder.read_history()[-1]["step"] == 5
+    again = run(config, existing="resume")
+    assert "before step 6 was written to history.jsonl; it goes on from step 4" in caplog.text
+    assert [row["step"] for row in folder.read_history()] == list(range(1, 9))
+    assert again.metrics["train/loss_total"] == steady.metrics["train/loss_total"]
+    # of a history that ends before all checkpoints nothing can be saved: they stay
+    folder.cut_history(1)
+    assert folder.drop_unrecorded() == [] and folder.checkpoint_steps() == [6, 8]
 
 
 # ---- two writers
