@@ -18,7 +18,8 @@ from numba import njit
 
 _compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 PARAMETERS = 5  # of a pose: a rotation vector (x, y, z) in the image's frame and a shift (x, y)
-_AT_ONCE = 256  # frequencies whose slopes stay in the first cache
+_AT_ONCE = 256  # frequencies whose slopes, and nodes, stay in the first caches
+_CACHED_NODES = 2**19  # of a transform that mostly is in a core's caches: 4 MB
 
 
 class Grid(NamedTuple):
@@ -84,6 +85,26 @@ def _interpolated(volume, x, y, z):
 
 @_compiled
 @no_type_check
+def _fetch(volume, grid, r, first, last):
+    """Read one node of every pair along x that some points need, with nothing that waits for it.
+
+    So many reads are on their way at once, where the arithmetic would wait for each. The sum is of no use, but what
+    is not used is not read.
+    """
+    size, half = volume.shape[0] - 1, volume.shape[2] - 1
+    scale, total = np.float32(size / grid.box), np.float32(0)
+    for p in range(first, last):
+        x, y, z, _ = _point(grid.frequency[p, 0], grid.frequency[p, 1], r, scale)
+        i, _ = _node(x, half)
+        j, _ = _node(y + size // 2, size)
+        k, _ = _node(z + size // 2, size)
+        total += volume[k, j, i].real + volume[k, j + 1, i].real
+        total += volume[k + 1, j, i].real + volume[k + 1, j + 1, i].real
+    return total
+
+
+@_compiled
+@no_type_check
 def _phase_table(table, shift, box):
     """exp(2 pi i k shift / box) for k = -box/2 …: what moves an image's content back by a shift along one axis."""
     for row in range(len(table)):
@@ -130,11 +151,13 @@ def normal_equations(volume, grid, weight, views, rotation, shift_px, model):
 
     weight (p,), rotation (n, 3, 3), shift_px (n, 2). What is moved is the image, back by the shift, rather than the
     slice and all its slopes. Slopes and residuals of a few hundred frequencies are laid down first and multiplied then.
+    What is returned is of no use (`_fetch`).
     """
     box, size = grid.box, volume.shape[0] - 1
     scale, radian = np.float32(size / box), np.float32(2 * math.pi / box)
     phases_x, phases_y = np.empty(box + 1, np.complex64), np.empty(box + 1, np.complex64)
     row, root = np.empty((PARAMETERS + 1, 2 * _AT_ONCE), np.float32), np.sqrt(weight)
+    fetched = np.float32(0)
     for n in range(len(rotation)):
         image, r = views.image_of[n], rotation[n]
         flat = (r[0, 0], r[0, 1], r[0, 2], r[1, 0], r[1, 1], r[1, 2], r[2, 0], r[2, 1], r[2, 2])
@@ -143,6 +166,8 @@ def normal_equations(volume, grid, weight, views, rotation, shift_px, model):
         model.energy[n], model.gradient[n], model.normal[n] = 0, 0, 0
         for first in range(0, len(weight), _AT_ONCE):
             last = min(first + _AT_ONCE, len(weight))
+            if volume.size > _CACHED_NODES:
+                fetched += _fetch(volume, grid, r, first, last)
             for p in range(first, last):
                 kx, ky, q = grid.frequency[p, 0], grid.frequency[p, 1], 2 * (p - first)
                 x, y, z, side = _point(kx, ky, r, scale)
@@ -163,6 +188,7 @@ def normal_equations(volume, grid, weight, views, rotation, shift_px, model):
         for a in range(PARAMETERS):
             for b in range(a):
                 model.normal[n, b, a] = model.normal[n, a, b]
+    return fetched
 
 
 @_compiled
@@ -182,16 +208,21 @@ def sample_slices(volume, grid, rotation, slices):
 def insert_slices(numerator, denominator, grid, views, rotation, shift_px):
     """Adjoint of `sample_slices`: add C F, moved back by its shift, and C^2 to the nodes about every point.
 
-    numerator is complex and denominator real, both of a volume's shape.
+    numerator is complex and denominator real, both of a volume's shape. What is returned is of no use (`_fetch`).
     """
     box, size, half = grid.box, numerator.shape[0] - 1, numerator.shape[2] - 1
     scale = np.float32(size / box)
     phases_x, phases_y = np.empty(box + 1, np.complex64), np.empty(box + 1, np.complex64)
+    large, fetched = numerator.size > _CACHED_NODES, np.float32(0)
     for n in range(len(rotation)):
         image = views.image_of[n]
         _phase_table(phases_x, shift_px[n, 0], box)
         _phase_table(phases_y, shift_px[n, 1], box)
         for p in range(len(grid.frequency)):
+            if large and p % _AT_ONCE == 0:
+                last = min(p + _AT_ONCE, len(grid.frequency))
+                fetched += _fetch(numerator, grid, rotation[n], p, last)
+                fetched += _fetch(denominator, grid, rotation[n], p, last)
             kx, ky = grid.frequency[p, 0], grid.frequency[p, 1]
             x, y, z, side = _point(kx, ky, rotation[n], scale)
             i, fx = _node(x, half)
@@ -205,3 +236,4 @@ def insert_slices(numerator, denominator, grid, views, rotation, shift_px):
                 w = (fz if dz else 1 - fz) * (fy if dy else 1 - fy) * (fx if dx else 1 - fx)
                 numerator[k + dz, j + dy, i + dx] += w * value
                 denominator[k + dz, j + dy, i + dx] += w * contrast * contrast
+    return fetched

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from aceray.em import kernels
 from aceray.em.fourier import HalfDisc
 from aceray.em.kernels import Grid, Model, Views, insert_slices, normal_equations, sample_slices
 from aceray.em.projection import padded_transform, sample_transform
@@ -137,3 +138,26 @@ def test_insertion_is_the_adjoint_of_slicing(modulated: bool) -> None:
     assert left == pytest.approx(right, rel=1e-3)
     assert denominator.sum() == pytest.approx((factor**2).sum(), rel=1e-4)
     assert denominator.min() >= 0
+
+
+def test_many_frequencies_of_a_large_transform_are_the_sum_of_their_parts() -> None:
+    """More than are worked on at once, in a transform that is fetched before."""
+    disc, generator = HalfDisc(40), named_generator("test/kernels/large")
+    volume = torch.complex(*padded_transform(torch.randn(40, 40, 40, generator=generator), 4)).numpy()
+    assert volume.size > kernels._CACHED_NODES and len(disc) > 2 * kernels._AT_ONCE
+    images = torch.randn(COUNT, len(disc), dtype=torch.complex64, generator=generator).numpy()
+    contrast, frequency = torch.randn(COUNT, len(disc), generator=generator).numpy(), disc.frequency.numpy()
+    poses = random_rotations(COUNT, generator).numpy(), torch.randn(COUNT, 2, generator=generator).numpy()
+
+    def found(part: slice) -> list[np.ndarray]:
+        views = Views(images[:, part].copy(), contrast[:, part].copy(), np.arange(COUNT))
+        grid, weight = Grid(40, frequency[part]), disc.weight.numpy()[part]
+        model = Model(*(np.empty((COUNT, *shape), np.float32) for shape in ((), (5,), (5, 5))))
+        normal_equations(volume, grid, weight, views, *poses, model)
+        numerator, denominator = np.zeros_like(volume), np.zeros(volume.shape, np.float32)
+        insert_slices(numerator, denominator, grid, views, *poses)
+        return [*model, numerator, denominator]
+
+    parts = [found(slice(start, start + 100)) for start in range(0, len(disc), 100)]
+    for whole, *pieces in zip(found(slice(None)), *parts, strict=True):
+        np.testing.assert_allclose(whole, sum(pieces), atol=1e-5 * np.abs(whole).max())
