@@ -11,15 +11,19 @@ checked at run time, because the compiler must see the bare functions.
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, no_type_check
 
 import numpy as np
+import torch
 from numba import njit
 
 _compiled = njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 PARAMETERS = 5  # of a pose: a rotation vector (x, y, z) in the image's frame and a shift (x, y)
 _AT_ONCE = 256  # frequencies whose slopes, and nodes, stay in the first caches
 _CACHED_NODES = 2**19  # of a transform that mostly is in a core's caches: 4 MB
+_POSES_A_THREAD = 64
 
 
 class Grid(NamedTuple):
@@ -194,13 +198,16 @@ def normal_equations(volume, grid, weight, views, rotation, shift_px, model):
 @_compiled
 @no_type_check
 def sample_slices(volume, grid, rotation, slices):
-    """Slices (n, p) of a volume at n rotations, into the last argument."""
-    scale = np.float32((volume.shape[0] - 1) / grid.box)
+    """Slices (n, p) of a volume at n rotations, into the last argument; what is returned is of no use (`_fetch`)."""
+    scale, fetched = np.float32((volume.shape[0] - 1) / grid.box), np.float32(0)
     for n in range(len(rotation)):
         for p in range(len(grid.frequency)):
+            if volume.size > _CACHED_NODES and p % _AT_ONCE == 0:
+                fetched += _fetch(volume, grid, rotation[n], p, min(p + _AT_ONCE, len(grid.frequency)))
             x, y, z, side = _point(grid.frequency[p, 0], grid.frequency[p, 1], rotation[n], scale)
             value, _, _, _ = _interpolated(volume, x, y, z)
             slices[n, p] = complex(value.real, side * value.imag)
+    return fetched
 
 
 @_compiled
@@ -237,3 +244,15 @@ def insert_slices(numerator, denominator, grid, views, rotation, shift_px):
                 numerator[k + dz, j + dy, i + dx] += w * value
                 denominator[k + dz, j + dy, i + dx] += w * contrast * contrast
     return fetched
+
+
+def shared_out(count: int, work: Callable[[slice], None]) -> None:
+    """Do the work on slices of `count` poses, in as many threads as torch has."""
+    threads = min(torch.get_num_threads(), -(-count // _POSES_A_THREAD))
+    if threads <= 1:
+        work(slice(0, count))
+        return
+    each = -(-count // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, slice(start, start + each)) for start in range(0, count, each)]:
+            done.result()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aceray.em.fourier import HalfDisc, frequency_index
+from aceray.em.kernels import Grid, sample_slices, shared_out
 
 
 def padded_box(box: int, pad: int) -> int:
@@ -78,8 +79,27 @@ def sample_transform(
 def central_slice(
     transform: Float[Tensor, "2 m m h"], rotation: Float[Tensor, "*batch 3 3"], disc: HalfDisc
 ) -> Complex[Tensor, "*batch p"]:
-    """Half-disc coefficients of the projection at each rotation: the transform at kx R[0] + ky R[1]."""
+    """Half-disc coefficients of the projection at each rotation: the transform at kx R[0] + ky R[1].
+
+    On a CPU, where no gradient is asked for, by the compiled loop, in a third of the time.
+    """
+    if transform.device.type == "cpu" and transform.dtype == torch.float32 and not torch.is_grad_enabled():
+        return sample_compiled(torch.complex(*transform), disc.frequency, rotation, disc.box)
     return sample_transform(transform, disc.frequency @ rotation[..., :2, :], disc.box)
+
+
+def sample_compiled(
+    transform: Complex[Tensor, "m m h"],
+    frequency: Float[Tensor, "p 2"],
+    rotation: Float[Tensor, "*batch 3 3"],
+    box: int,
+) -> Complex[Tensor, "*batch p"]:
+    """Slices of a complex padded transform at some frequencies, on a CPU and without gradient."""
+    flat = rotation.detach().reshape(-1, 3, 3).contiguous()
+    slices = torch.empty(len(flat), len(frequency), dtype=torch.complex64)
+    volume, grid = transform.numpy(), Grid(box, frequency.contiguous().numpy())
+    shared_out(len(flat), lambda part: sample_slices(volume, grid, flat[part].numpy(), slices[part].numpy()))
+    return slices.reshape(*rotation.shape[:-2], -1)
 
 
 def project_slice(

@@ -7,8 +7,7 @@ and shifts of standard deviation s, E / v is minus twice the logarithm of the po
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +15,13 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
-from aceray.em.kernels import PARAMETERS, Grid, Model, Views, normal_equations, sample_slices
-from aceray.em.projection import padded_transform, sample_transform
+from aceray.em.kernels import PARAMETERS, Grid, Model, Views, normal_equations, shared_out
+from aceray.em.projection import padded_transform, sample_compiled, sample_transform
 from aceray.em.rotation import rotation_from_vector
 
 _DIFFERENCE_RADIANS = 2e-3
 _LONGEST_TURN_RADIANS = 0.3
 _DAMPING, _SMALLEST_DAMPING = 1e-2, 1e-6
-_POSES_A_THREAD = 64
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,7 @@ class Reference:
         """Projections at the rotations, in the orthonormal convention of the images."""
         if not self.transform.is_complex():
             return sample_transform(self.transform, self.frequency @ rotation[..., :2, :], self.box)
-        flat = rotation.reshape(-1, 3, 3).contiguous()
-        slices = torch.empty(len(flat), len(self.frequency), dtype=torch.complex64)
-        volume, grid = self.transform.numpy(), self.grid
-        _shared_out(len(flat), lambda part: sample_slices(volume, grid, flat[part].numpy(), slices[part].numpy()))
-        return slices.reshape(*rotation.shape[:-2], -1)
+        return sample_compiled(self.transform, self.frequency, rotation, self.box)
 
     def phases(self, shift_px: Float[Tensor, "*b 2"]) -> Complex[Tensor, "*b p"]:
         """Factors that move an image's content by a shift in pixels of the images' box."""
@@ -233,7 +227,7 @@ def _model_on_cpu(reference: Reference, images: Images, rotation: Tensor, shift_
         model = Model(*(column[part].numpy() for column in vars(found).values()))
         normal_equations(volume, grid, weight, views, rotation[part].numpy(), shift_px[part].numpy(), model)
 
-    _shared_out(count, work)
+    shared_out(count, work)
     return found
 
 
@@ -255,15 +249,3 @@ def _model_by_differences(
     return _Model(
         residual.square().sum(-1), (jacobian @ residual[..., None])[..., 0], jacobian @ jacobian.transpose(-1, -2)
     )
-
-
-def _shared_out(count: int, work: Callable[[slice], None]) -> None:
-    """Do the work on slices of `count` poses, in as many threads as torch has."""
-    threads = min(torch.get_num_threads(), -(-count // _POSES_A_THREAD))
-    if threads <= 1:
-        work(slice(0, count))
-        return
-    each = -(-count // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, slice(start, start + each)) for start in range(0, count, each)]:
-            done.result()

@@ -69,6 +69,20 @@ def test_slices_keep_the_amplitude_within_one_percent(box: int, fraction_of_nyqu
     assert gain.item() == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize("box", [16, 17, 48])
+def test_slices_without_gradient_are_those_with_it(box: int) -> None:
+    """The compiled loop and the tensor code, a turn or many, of poses that themselves have a gradient."""
+    disc, rotation = HalfDisc(box), rotations(6).reshape(3, 2, 3, 3).requires_grad_()
+    transform = padded_transform(phantom(box).requires_grad_())
+    plain = central_slice(transform, rotation, disc)
+    assert plain.requires_grad
+    with torch.no_grad():
+        compiled, one = central_slice(transform, rotation, disc), central_slice(transform, rotation[1, 0], disc)
+    assert not compiled.requires_grad and compiled.shape == plain.shape == (3, 2, len(disc))
+    assert relative_error(compiled, plain.detach()) < 1e-5
+    torch.testing.assert_close(one, compiled[1, 0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("box", [16, 17])
 @pytest.mark.parametrize("pad", [1, 2, 3])
 def test_slices_against_the_direct_fourier_sum(box: int, pad: int) -> None:
