@@ -246,7 +246,7 @@ def insert_slices(numerator, denominator, grid, views, rotation, shift_px):
     return fetched
 
 
-def shared_out(count: int, work: Callable[[slice], None]) -> None:
+def shared_out(count: int, work: Callable[[slice], object]) -> None:
     """Do the work on slices of `count` poses, in as many threads as torch has."""
     threads = min(torch.get_num_threads(), -(-count // _POSES_A_THREAD))
     if threads <= 1:
