@@ -7,7 +7,7 @@ import torch
 from aceray.em.backprojection import BackProjection
 from aceray.em.fourier import HalfDisc
 from aceray.em.kernels import PARAMETERS
-from aceray.em.projection import soft_sphere
+from aceray.em.projection import padded_transform, sample_transform, soft_sphere
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.train import energy
@@ -21,6 +21,7 @@ COMPLEX, REAL = 8, 4
 # channels x 7; slopes over turn and shift 60; residual 20; the triangle of J^T W J and J^T W r 4 each.
 STEP = 15 + 9 + 112 + 60 + 20 + 4 * (PARAMETERS * (PARAMETERS + 1) // 2 + PARAMETERS)
 INSERT = 15 + 9 + 16 + 8 * (3 + 2 + 2)
+SLICE = 15 + 9 + 7 * 2 * 3  # seven interpolations along an axis, two channels
 
 
 def main() -> None:
@@ -61,9 +62,14 @@ def measured(box: int, machine: Machine) -> list[list[str]]:
         (lambda way=way: way(reference, images, rotation, shift, of))
         for way in (energy._model_on_cpu, energy._model_by_differences)
     )
-    read = points * (COMPLEX + REAL)
+    read, channels = points * (COMPLEX + REAL), padded_transform(volume)
+    slices = (
+        lambda: reference.slices(rotation),
+        lambda: sample_transform(channels, disc.frequency @ rotation[:, :2], box),
+    )
     return [
         search_row(reference, images, row),
+        row("a slice", slices, points * SLICE, points * 9 * COMPLEX),
         row("a Gauss-Newton step", steps, points * STEP, points * 8 * COMPLEX + read),
         row("back-projection", insertions(disc, images, rotation, shift), points * INSERT, points * 8 * 24 + read),
     ]
