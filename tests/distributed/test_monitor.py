@@ -71,6 +71,12 @@ class TrackedStudy(StudyTracker):
     backlog = 23
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray session, whatever the tests before have left: else threads export that outlive what a test pretends."""
+    monkeypatch.setattr(monitors, "_session", lambda: False)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, of which torch uses the second."""
