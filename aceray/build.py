@@ -11,6 +11,7 @@ from aceray.em.formation import noise_std_for_snr
 from aceray.em.fourier import HalfDisc
 from aceray.em.random import named_generator
 from aceray.errors import ConfigError, DataError
+from aceray.metrics.masks import molecule_mask
 from aceray.models import siren, voxel
 from aceray.models.autoencoder import AutoEncoder, Decoder
 from aceray.models.encoder import (
@@ -191,6 +192,7 @@ def build_refiner(config: Config, particles: ParticleSet, stack: ParticleStack, 
             config.refine.halves == "independent",
         ),
         seed=config.seed,
+        support=molecule_mask if config.refine.mask == "molecule" else torch.ones_like,
     )
 
 
@@ -236,10 +238,11 @@ def _build_model(
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(named_generator("train/weights", config.seed).get_state())
         match config.encoder:
-            case MlpEncoder(width=width, depth=depth):
+            case MlpEncoder(width=width, depth=depth, regressor=kind):
                 features: nn.Module = MlpFeatures(box, width, depth)
-                rotation: nn.Module = nn.Linear(width, 6 * heads)
-                shift: nn.Module = nn.Linear(width, 2)
+                read = nn.Linear if kind == "linear" else regressor
+                rotation: nn.Module = read(width, 6 * heads)
+                shift: nn.Module = read(width, 2)
             case VggEncoder():
                 features = VggFeatures(box)
                 rotation = start_as_cryoai(normalised_regressor(features.features, 6 * heads))

@@ -248,6 +248,11 @@ class Refine(Model):
         description="map that an image is compared with: that of all images, or that of its own half of them beyond "
         "the first four shells (gold standard)",
     )
+    mask: Literal["molecule", "sphere"] = Field(
+        "molecule",
+        description="where a map may have density: close around the molecule, found anew in every map, or in the whole "
+        "sphere",
+    )
     polish_rounds: int = Field(
         3,
         ge=0,

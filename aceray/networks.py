@@ -25,6 +25,9 @@ class MlpEncoder(EncoderBase):
     kind: Literal["mlp"] = "mlp"
     width: int = Field(512, ge=8, le=8192, description="features of a hidden layer")
     depth: int = Field(4, ge=1, le=32, description="number of hidden layers")
+    regressor: Literal["linear", "mlp"] = Field(
+        "linear", description="what reads poses from the features: one layer, or the paper's three (512, 256)"
+    )
 
 
 class Resnet18Encoder(EncoderBase):

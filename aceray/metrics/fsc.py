@@ -3,12 +3,11 @@
 Convention: shells by rounding |k|; the last shell, d/2, holds what lies inside the sphere |k| < d/2. Resolution is the
 first crossing of a threshold, by linear interpolation between shells; two pixels (Nyquist) when there is none.
 
-Masks are real-space weights from 0 to 1 with a cosine edge. A mask mixes neighbouring coefficients and so raises the
+A mask (metrics.masks) mixes neighbouring coefficients and so raises the
 curve; what it adds is measured on the same volumes with random phases (Chen et al. 2013, Ultramicroscopy 135, 24) and
 taken off.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,15 +20,6 @@ from aceray.em.random import named_generator
 _VOLUME = (-3, -2, -1)
 NYQUIST_PX = 2.0
 _NO_POWER = 1e-60
-SPHERE_RADIUS_FRACTION = 0.4
-SPHERE_EDGE_FRACTION = 0.1
-DILATION_ANGSTROM = 25.0
-EDGE_ANGSTROM = 15.0
-# below so many pixels a mask cuts so sharply that the map's own low frequencies fill every shell
-_SMALLEST_MARGIN_PX = 4.0
-_LOW_PASS_ANGSTROM = 20.0
-_LOW_PASS_PX = 4.0
-_MASK_QUANTILE = 0.9999
 RANDOM_BELOW = 0.8
 _SHELLS_KEPT = 2  # the mask carries true phases so far into the shells with random ones
 _RANDOM_DRAWS = 4
@@ -152,64 +142,6 @@ class FscCurve:
             "resolution_angstrom": [size * self.pixel_size_angstrom for size in pixels],
             "fsc": self.values[1:].tolist(),
         }
-
-
-def sphere_mask(
-    box: int,
-    radius_fraction: float = SPHERE_RADIUS_FRACTION,
-    edge_fraction: float = SPHERE_EDGE_FRACTION,
-    device: torch.device | str | None = None,
-) -> Float[Tensor, "d d d"]:
-    """1 within the radius, then half a cosine down to 0 over the edge; both are fractions of the box."""
-    axis = torch.arange(box, device=device).float().sub(box // 2).square()
-    radius = (axis[:, None, None] + axis[:, None] + axis).sqrt()
-    return _cosine_edge(radius - radius_fraction * box, edge_fraction * box)
-
-
-def auto_mask(
-    first: Float[Tensor, "d d d"],
-    second: Float[Tensor, "d d d"],
-    pixel_size_angstrom: float,
-    dilation_angstrom: float = DILATION_ANGSTROM,
-    edge_angstrom: float = EDGE_ANGSTROM,
-) -> Float[Tensor, "d d d"]:
-    """Where the molecule is: the mean of both maps, low-passed, above half its 99.99 percentile; dilated, soft edge.
-
-    The Gaussian low-pass has half its amplitude at 20 A or 4 px, whichever is coarser; dilation and edge are at least
-    4 px each. The maps share a frame; protein is bright.
-    """
-    box = first.shape[-1]
-    ball = half_ball(box, first.device)
-    cut_off = box / max(_LOW_PASS_PX, _LOW_PASS_ANGSTROM / pixel_size_angstrom)
-    low_pass = (-math.log(2) * (ball.frequency.square().sum(-1) / cut_off**2)).exp()
-    mean = ball.scatter(ball.gather((first + second).float() / 2) * low_pass)
-    rank = max(1, math.ceil(_MASK_QUANTILE * mean.numel()))
-    inside = mean > 0.5 * mean.flatten().kthvalue(rank).values
-    dilation = max(dilation_angstrom / pixel_size_angstrom, _SMALLEST_MARGIN_PX)
-    edge = max(edge_angstrom / pixel_size_angstrom, _SMALLEST_MARGIN_PX)
-    return _cosine_edge(_distance(inside, math.ceil(dilation + edge)) - dilation, edge)
-
-
-def _cosine_edge(beyond: Float[Tensor, "d d d"], width: float) -> Float[Tensor, "d d d"]:
-    return 0.5 + 0.5 * (torch.pi * (beyond / width).clamp(0, 1)).cos()
-
-
-def _distance(inside: Tensor, reach: int) -> Float[Tensor, "d d d"]:
-    """Distance in voxels to the nearest voxel inside, exact up to `reach`; infinite where there is none along an axis.
-
-    The squared distance is separable: its minimum over offsets along one axis after another.
-    """
-    squared = torch.where(inside, 0.0, torch.inf)
-    box = inside.shape[-1]
-    for axis in _VOLUME:
-        nearest = squared.clone()
-        for offset in range(1, min(reach, box - 1) + 1):
-            near, far = squared.narrow(axis, 0, box - offset), squared.narrow(axis, offset, box - offset)
-            for target, source in ((0, far), (offset, near)):
-                view = nearest.narrow(axis, target, box - offset)
-                torch.minimum(view, source + float(offset * offset), out=view)
-        squared = nearest
-    return squared.sqrt()
 
 
 @dataclass(frozen=True)

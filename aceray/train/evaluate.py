@@ -25,14 +25,13 @@ from aceray.metrics.coverage import coverage, view_entropy
 from aceray.metrics.fsc import (
     FscCurve,
     MaskedFsc,
-    auto_mask,
     fsc_area,
     half_ball,
     masked_fsc,
     resolution_px,
     shell_correlation,
-    sphere_mask,
 )
+from aceray.metrics.masks import auto_mask, sphere_mask
 from aceray.metrics.pose import PoseErrors, best_of_references, pose_errors
 from aceray.train.predict import Poses
 

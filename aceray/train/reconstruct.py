@@ -1,6 +1,7 @@
 """The map that posed images imply, regularised by what their two halves agree on."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -20,20 +21,39 @@ _JOINED_SHELL = 4
 _INVERSE_SSNR = 0.1  # of the mean denominator of all shells: bounds what a node that few images reached may become
 
 
+Support = Callable[[Float[Tensor, "d d d"]], Float[Tensor, "d d d"]]
+"""Weights, from 0 to 1, of where in a map's field the molecule is."""
+
+
 @dataclass(frozen=True)
 class Maps:
-    """The map of all images, those of the two halves, and the correlation of the latter for shells 0 … d//2."""
+    """The map of all images, cut to the mask and damped; the two halves' as they were measured in the soft sphere.
+
+    half_fsc is the correlation of the latter for shells 0 … d//2, agreement what it is once the noise outside the mask
+    is gone.
+    """
 
     joint: Float[Tensor, "d d d"]
     halves: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]
     half_fsc: Float[Tensor, " s"]
+    mask: Float[Tensor, "d d d"]
+    agreement: Float[Tensor, " s"]
+
+    def seen_by(self, half: int) -> "Maps":
+        """The same with one half's map as the joint one, but for the first shells, which hold both in one frame."""
+        ball = half_ball(self.joint.shape[-1], self.joint.device)
+        own = damped(self.halves[half] * self.mask, self.agreement, ball)
+        return replace(self, joint=joined(own, self.joint, ball))
 
 
 class Reconstruction:
-    """Images of all workers, inserted at their poses; the two halves of them apart."""
+    """Images of all workers, inserted at their poses; the two halves of them apart.
 
-    def __init__(self, disc: HalfDisc) -> None:
-        self.disc = disc
+    `support` finds the molecule in the map of all: what is outside is noise, and left out.
+    """
+
+    def __init__(self, disc: HalfDisc, support: Support) -> None:
+        self.disc, self._support = disc, support
         self._halves = (BackProjection(disc), BackProjection(disc))
 
     def insert(self, images: Images, poses: Matches, half: Int[Tensor, " b"]) -> None:
@@ -44,7 +64,7 @@ class Reconstruction:
             accumulator.insert(own.coefficients, poses.rotation[mine], own.transfer, poses.shift_px[mine])
 
     def maps(self) -> Maps:
-        """Maps of what all workers inserted: in the soft sphere, then every shell times its Wiener factor.
+        """Maps of what all workers inserted: in the mask, then every shell times its Wiener factor.
 
         That is the share of signal in a shell's power which the correlation F of the half maps implies: 2 F / (1 + F)
         for both together, F for one (Rosenthal and Henderson 2003, J. Mol. Biol. 333, 721). Damped after the mask,
@@ -54,18 +74,26 @@ class Reconstruction:
         for accumulator in self._halves:
             sum_over_workers(torch.view_as_real(accumulator.numerator))
             sum_over_workers(accumulator.denominator)
-        first, second = (self._masked(accumulator) for accumulator in self._halves)
-        correlation = fourier_shell_correlation(first, second)
-        agreement = _agreement(correlation)
-        joint = self._masked(self._halves[0].plus(self._halves[1]))
+        halves = self._in_sphere(self._halves[0]), self._in_sphere(self._halves[1])
+        correlation = fourier_shell_correlation(*halves)
+        joint = self._in_sphere(self._halves[0].plus(self._halves[1]))
         ball = half_ball(self.disc.box, joint.device)
-        both = damped(joint, 2 * agreement / (1 + agreement), ball)
-        return Maps(both, (damped(first, agreement, ball), damped(second, agreement, ball)), correlation)
+        mask = self._support(damped(joint, _of_both(_agreement(correlation, 1.0)), ball))
+        agreement = _agreement(correlation, self._share(mask))
+        return Maps(damped(joint * mask, _of_both(agreement), ball), halves, correlation, mask, agreement)
 
-    def _masked(self, accumulator: BackProjection) -> Float[Tensor, "d d d"]:
-        box, mean = self.disc.box, accumulator.mean_denominator()
+    def _in_sphere(self, accumulator: BackProjection) -> Float[Tensor, "d d d"]:
+        mean = accumulator.mean_denominator()
         volume = accumulator.volume(_INVERSE_SSNR * mean.mean(dim=0, keepdim=True))
-        return volume * soft_sphere(box, box / 2, volume.device)
+        return volume * self._sphere(volume.device)
+
+    def _sphere(self, device: torch.device) -> Float[Tensor, "d d d"]:
+        return soft_sphere(self.disc.box, self.disc.box / 2, device)
+
+    def _share(self, mask: Float[Tensor, "d d d"]) -> float:
+        """How much of the noise in the sphere is in the mask."""
+        sphere = self._sphere(mask.device)
+        return float((mask * sphere).square().sum() / sphere.square().sum())
 
 
 def damped(volume: Float[Tensor, "d d d"], factor: Float[Tensor, " s"], ball: HalfBall) -> Float[Tensor, "d d d"]:
@@ -73,18 +101,27 @@ def damped(volume: Float[Tensor, "d d d"], factor: Float[Tensor, " s"], ball: Ha
     return ball.scatter(ball.gather(volume) * factor[ball.shell])
 
 
-def joined(half: Float[Tensor, "d d d"], joint: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
-    """A half's map with the first shells of the joint one, which hold the halves in one frame."""
-    ball = half_ball(half.shape[-1], half.device)
-    coefficients = torch.where(ball.shell <= _JOINED_SHELL, ball.gather(joint), ball.gather(half))
-    return ball.scatter(coefficients)
+def joined(half: Float[Tensor, "d d d"], joint: Float[Tensor, "d d d"], ball: HalfBall) -> Float[Tensor, "d d d"]:
+    """A half's map with the first shells of the joint one."""
+    return ball.scatter(torch.where(ball.shell <= _JOINED_SHELL, ball.gather(joint), ball.gather(half)))
 
 
-def _agreement(correlation: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
-    """The half maps' correlation where there is any; beyond the first shell without, and at least, almost none."""
+def _agreement(correlation: Float[Tensor, " s"], share: float) -> Float[Tensor, " s"]:
+    """How half maps would correlate with that share of their noise; at least, and where they do not, almost nothing.
+
+    With S/N the ratio of signal and noise in a shell's power, the correlation F is S / (S + N), so less noise makes it
+    F / (F + share (1 - F)), the correction for solvent content of Frealign (Grigorieff 2016, Methods Enzymol. 579,
+    191). Unlike masked half maps it does not hold what masks correlate by themselves.
+    """
+    lost = first_lost_shell(correlation)
     agreement = correlation.clamp(_LEAST_AGREEMENT, 1.0)
-    agreement[first_lost_shell(correlation) :] = _LEAST_AGREEMENT
+    agreement = agreement / (agreement + share * (1 - agreement))
+    agreement[lost:] = _LEAST_AGREEMENT
     return agreement
+
+
+def _of_both(agreement: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    return 2 * agreement / (1 + agreement)
 
 
 def first_lost_shell(correlation: Float[Tensor, " s"]) -> int:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from aceray.em.fourier import HalfDisc
 from aceray.em.rotation import rotation_sqfrob
+from aceray.metrics.masks import molecule_mask
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.predict import Particles, StreamedCoefficients
-from aceray.train.reconstruct import Maps, Reconstruction, first_lost_shell, joined
+from aceray.train.reconstruct import Maps, Reconstruction, Support, first_lost_shell
 from aceray.train.search import Search
 from aceray.train.statistics import sum_over_workers
 from aceray.train.symmetry import find_near_symmetry, solve_registers
@@ -195,9 +196,10 @@ class Refiner:
         shift_spread_px: float | None,
         limits: Limits,
         seed: int,
+        support: Support = molecule_mask,
     ) -> None:
         self.particles, self.disc, self.rounds, self.stored_box = particles, disc, rounds, stored_box
-        self._shift_spread_px, self._limits, self._seed = shift_spread_px, limits, seed
+        self._shift_spread_px, self._limits, self._seed, self._support = shift_spread_px, limits, seed, support
         # by pairs: the particles of one half set of the data are all of even, or all of odd number
         self._half = (particles.particle_id // 2 % 2).to(disc.radius.device)
 
@@ -242,10 +244,13 @@ class Refiner:
         level = Level(self.particles, self.disc, self.rounds[state.done - 1].box)
         return replace(state, maps=self._maps(level, state.table))
 
+    def _reconstruction(self, level: Level) -> Reconstruction:
+        return Reconstruction(level.disc, self._support)
+
     @torch.no_grad()
     def _maps(self, level: Level, table: PoseTable, group: Float[Tensor, "g 3 3"] | None = None) -> Maps:
         """Maps of the particles at their present poses, or at all those that a group makes of them."""
-        reconstruction, scale = Reconstruction(level.disc), level.disc.box / self.stored_box
+        reconstruction, scale = self._reconstruction(level), level.disc.box / self.stored_box
         group = torch.eye(3)[None].to(table.rotation) if group is None else group
         for rows, images in level.chunks():
             for element in group:
@@ -264,7 +269,7 @@ class Refiner:
             _Matcher(reference, plan, least, spread_px, (self._seed, state.done))
             for reference in self._references(level, state, state.maps)
         ]
-        reconstruction, parts, compared = Reconstruction(level.disc), [], matchers[0].reference
+        reconstruction, parts, compared = self._reconstruction(level), [], matchers[0].reference
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
             found = _improved(matchers, images, before, self._half[rows])
@@ -294,7 +299,7 @@ class Refiner:
             table.rotation,
             table.shift_px * scale,
             near.rotations,
-            lambda: Reconstruction(level.disc),
+            lambda: self._reconstruction(level),
             lambda maps: self._reference(level, state, maps),
             self._seed,
         )
@@ -313,7 +318,7 @@ class Refiner:
         """What images are compared with: the map of all, or for either half its own beyond the first shells."""
         if not self._limits.independent:
             return [self._reference(level, state, maps)]
-        return [self._reference(level, state, replace(maps, joint=joined(half, maps.joint))) for half in maps.halves]
+        return [self._reference(level, state, maps.seen_by(half)) for half in (0, 1)]
 
     def _reference(self, level: Level, state: Refined, maps: Maps) -> Reference:
         spread_px = self._spread_px(state, level.disc.box / self.stored_box)

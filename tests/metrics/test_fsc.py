@@ -5,7 +5,6 @@ from torch.testing import assert_close
 
 from aceray.metrics.fsc import (
     FscCurve,
-    auto_mask,
     fourier_shell_correlation,
     fsc_area,
     half_ball,
@@ -13,8 +12,8 @@ from aceray.metrics.fsc import (
     resolution_angstrom,
     resolution_px,
     shell_sum,
-    sphere_mask,
 )
+from aceray.metrics.masks import sphere_mask
 from tests.references.fsc import fsc_loop, resolution_scan
 
 
@@ -136,56 +135,6 @@ def test_the_table_of_a_curve() -> None:
     assert table["frequency_per_px"] == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
     assert table["frequency_per_angstrom"] == pytest.approx([1 / 24, 2 / 24, 3 / 24, 4 / 24])
     assert table["fsc"] == pytest.approx([0.9, 0.8, 0.7, 0.25])
-
-
-def test_the_sphere_is_one_within_its_radius_and_falls_as_a_cosine() -> None:
-    mask = sphere_mask(32, 0.25, 0.125)
-    line = mask[16, 16]
-    assert_close(line[8:25], torch.ones(17))
-    expected = [0.5 + 0.5 * np.cos(np.pi * step / 4) for step in (1, 2, 3, 4)]
-    assert line[25:29].tolist() == pytest.approx(expected, abs=1e-6)
-    assert line[4:8].tolist() == pytest.approx(expected[::-1], abs=1e-6)
-    # in space, not along the axes alone: (5, 5, 5) is 8.66 from the centre
-    assert float(mask[21, 21, 11]) == pytest.approx(0.5 + 0.5 * np.cos(np.pi * (75**0.5 - 8) / 4), abs=1e-6)
-    assert mask[:, :, 28].max() == 0
-
-
-def ball_of_density(box: int, radius: float, centre: tuple[int, int, int]) -> torch.Tensor:
-    axis = torch.arange(box).float()
-    z, y, x = (axis - place for place in centre)
-    distance = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2).sqrt()
-    return torch.sigmoid(2 * (radius - distance))
-
-
-def test_the_automatic_mask_is_the_molecule_dilated_by_its_angstroms() -> None:
-    box, centre = 48, (20, 24, 28)
-    volume = ball_of_density(box, 7.0, centre)
-    noisy = [volume + 0.1 * noise(box, seed) for seed in (20, 21)]
-    # 25 A are 5 px
-    mask = auto_mask(*noisy, 5.0, 25.0, 25.0)
-    line = mask[20, 24]
-    half = int((line > 0.5).nonzero().max()) - centre[2]
-    # the last voxel above the threshold is the ball's sixth; half of the edge is 2.5 px further out
-    assert half == 6 + 5 + 2
-    assert line[28 : 28 + 11].min() == 1 and line[46:].max() == 0
-    # larger pixels, fewer of them, but never below 4
-    coarse = auto_mask(*noisy, 10.0, 25.0, 25.0)
-    assert coarse.sum() < 0.85 * mask.sum()
-    assert torch.equal(coarse, auto_mask(*noisy, 10.0, 0.0, 0.0))
-
-
-@pytest.mark.parametrize("reach", [3, 40])
-def test_distances_equal_a_search(reach: int) -> None:
-    from aceray.metrics.fsc import _distance
-
-    inside = torch.rand(7, 7, 7, generator=torch.Generator().manual_seed(22)) > 0.97
-    places = torch.stack(torch.meshgrid(*[torch.arange(7.0)] * 3, indexing="ij"), -1)
-    expected = torch.cdist(places.reshape(-1, 3), places[inside]).amin(1).reshape(7, 7, 7)
-    found = _distance(inside, reach)
-    near = expected <= reach
-    assert near.any() and bool(inside.any())
-    assert_close(found[near], expected[near], atol=1e-5, rtol=0)
-    assert bool((found[~near] > reach).all())
 
 
 def test_a_mask_of_ones_changes_nothing() -> None:

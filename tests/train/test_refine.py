@@ -12,7 +12,7 @@ from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_
 from aceray.metrics.fsc import fourier_shell_correlation, fsc_area, half_ball
 from aceray.train.energy import Images, Matches
 from aceray.train.predict import Particles
-from aceray.train.reconstruct import Reconstruction, damped, joined
+from aceray.train.reconstruct import Maps, Reconstruction, Support, damped, joined
 from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Round, _improved, _Matcher
 from tests.train.phantom import BOX, PIXEL_SIZE_ANGSTROM, chiral_volume, projections
 
@@ -129,7 +129,8 @@ def test_rounds_at_rest_are_passed_over_and_nothing_is_lost() -> None:
     assert 8 in done and 16 in done and len([number for number in done if 8 < number <= 16]) >= 2
     assert float(error(few[-1], rotation).mean()) < 1.1 * float(error(every[-1], rotation).mean())
     *_, last = refiner(particles, plan, limits=replace(NEVER, settled=0.01)).run(replace(few[1], maps=None))
-    assert_close(last.table.rotation, few[-1].table.rotation, rtol=0, atol=1e-3)
+    # a voxel at the mask's threshold may fall to either side
+    assert_close(last.table.rotation, few[-1].table.rotation, rtol=0, atol=3e-3)
 
 
 def test_rounds_go_on_while_poses_move_or_the_energy_falls() -> None:
@@ -215,10 +216,10 @@ def test_halves_share_no_image_and_their_correlation_filters_the_map() -> None:
     particles, rotation, shift = particles_and_poses(300, noise=3.0)
     images = Images(particles.coefficients, particles.transfer(torch.arange(300), DISC))
     poses, half = Matches(rotation, shift, torch.zeros(300)), particles.particle_id % 2
-    together = Reconstruction(DISC)
+    together = Reconstruction(DISC, torch.ones_like)
     together.insert(images, poses, half)
     maps = together.maps()
-    alone = Reconstruction(DISC)
+    alone = Reconstruction(DISC, torch.ones_like)
     odd = half == 1
     alone.insert(images.take(odd), Matches(rotation[odd], shift[odd], torch.zeros(int(odd.sum()))), half[odd])
     own = alone.maps().halves[1]
@@ -232,10 +233,44 @@ def test_halves_share_no_image_and_their_correlation_filters_the_map() -> None:
     assert_close(strength, maps.joint, rtol=1e-3, atol=1e-5)
 
 
+def noisy_maps(support: Support) -> Maps:
+    particles, rotation, shift = particles_and_poses(300, noise=3.0)
+    images = Images(particles.coefficients, particles.transfer(torch.arange(300), DISC))
+    reconstruction = Reconstruction(DISC, support)
+    reconstruction.insert(images, Matches(rotation, shift, torch.zeros(300)), particles.particle_id % 2)
+    return reconstruction.maps()
+
+
+def test_a_mask_takes_noise_away_and_says_how_much() -> None:
+    inside = (chiral_volume() > 0.05 * float(chiral_volume().max())).float()
+    whole, cut = (noisy_maps(support) for support in (torch.ones_like, lambda _: inside))
+    assert_close(whole.half_fsc, cut.half_fsc)
+    assert_close(whole.halves, cut.halves)
+    assert float(cut.joint[inside == 0].abs().mean()) < 0.35 * float(whole.joint[inside == 0].abs().mean())
+    with_truth = [fourier_shell_correlation(maps.joint, chiral_volume()) for maps in (whole, cut)]
+    assert float((with_truth[1] - with_truth[0])[4:6].min()) > 0.05
+    # the halves' maps, cut alike, agree as was predicted from those that are not, which agree less
+    measured = fourier_shell_correlation(*(half * inside for half in cut.halves))
+    assert_close(measured[3:6], cut.agreement[3:6], atol=0.1, rtol=0)
+    assert float((cut.agreement - whole.agreement)[4:6].min()) > 0.1
+
+
+def test_a_half_sees_its_own_map_in_the_mask() -> None:
+    inside = (chiral_volume() > 0.05 * float(chiral_volume().max())).float()
+    maps, ball = noisy_maps(lambda _: inside), half_ball(BOX)
+    first, second = (maps.seen_by(half).joint for half in (0, 1))
+    low = ball.shell <= 4
+    assert_close(ball.gather(first)[low], ball.gather(maps.joint)[low])
+    apart = (ball.gather(first) - ball.gather(second)).abs()
+    assert float(apart[low].max()) < 1e-5 < float(apart[~low].mean())
+    own = fourier_shell_correlation(first, maps.halves[0] * inside)
+    assert float(own[6:-1].min()) > 0.95
+
+
 def test_a_half_is_joined_to_the_other_in_its_first_shells_alone() -> None:
     half, joint = (torch.randn(BOX, BOX, BOX, generator=named_generator("tests/joined", n)) for n in range(2))
     ball = half_ball(BOX)
-    found, low = ball.gather(joined(half, joint)), ball.shell <= 4
+    found, low = ball.gather(joined(half, joint, ball)), ball.shell <= 4
     inside = ball.shell < BOX // 2  # the Nyquist planes are not their own partners
     assert_close(found[low], ball.gather(joint)[low])
     assert_close(found[~low & inside], ball.gather(half)[~low & inside])
@@ -284,7 +319,8 @@ def test_halves_that_see_one_map_agree_on_noise_and_independent_ones_do_not() ->
     agreement = {}
     for independent in (False, True):
         limits = replace(NEVER, independent=independent)
-        *_, last = refiner(particles, [Round(BOX, 3, 6.0, 1.0)] * 3, limits=limits).run(start)
+        plan = [Round(BOX, 3, 6.0, 1.0)] * 3
+        *_, last = refiner(particles, plan, limits=limits, support=torch.ones_like).run(start)
         assert last.maps is not None
         agreement[independent] = float(last.maps.half_fsc[6:10].mean())
     assert agreement[False] > 0.3

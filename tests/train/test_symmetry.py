@@ -102,7 +102,13 @@ def solved_share() -> float:
         return make_reference(maps.joint, disc, None, weight)
 
     register = solve_registers(
-        chunks, rotation @ group[lost], torch.zeros(count, 2), group, lambda: Reconstruction(disc), reference, 3
+        chunks,
+        rotation @ group[lost],
+        torch.zeros(count, 2),
+        group,
+        lambda: Reconstruction(disc, torch.ones_like),
+        reference,
+        3,
     )
     return float(torch.bincount((lost + register) % order, minlength=order).max()) / count
 
