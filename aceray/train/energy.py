@@ -22,6 +22,7 @@ from aceray.em.rotation import rotation_from_vector
 _DIFFERENCE_RADIANS = 2e-3
 _LONGEST_TURN_RADIANS = 0.3
 _DAMPING, _SMALLEST_DAMPING = 1e-2, 1e-6
+_NEGLIGIBLE_GAIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -158,33 +159,44 @@ class _Model:
     gradient: Float[Tensor, "n 5"]
     normal: Float[Tensor, "n 5 5"]
 
+    def take(self, index: Tensor) -> "_Model":
+        """Those of some of the poses."""
+        return _Model(self.energy[index], self.gradient[index], self.normal[index])
+
+    def put(self, index: Tensor, others: "_Model") -> None:
+        """Set those of some of the poses."""
+        self.energy[index], self.gradient[index], self.normal[index] = others.energy, others.gradient, others.normal
+
 
 def refine_poses(
     reference: Reference, images: Images, start: Matches, steps: int, image_of: Int[Tensor, " n"] | None = None
 ) -> Matches:
-    """Improve n poses by damped Gauss-Newton steps; what does not lower the energy is not taken.
+    """Improve n poses by at most `steps` damped Gauss-Newton steps; what does not lower the energy is not taken.
 
-    A step turns by a rotation vector in the image's frame and moves by a shift. image_of says whose image each pose is
-    of, where there is not one pose an image. The images have the reference's frequencies; start.energy is not read.
+    A step turns by a rotation vector in the image's frame and moves by a shift. A pose is left alone once a step
+    changes its energy by a hundredth of what noise makes of one parameter: its share of the frequencies' energy.
+    image_of says whose image each pose is of, where there is not one pose an image. The images have the reference's
+    frequencies; start.energy is not read.
     """
-    rotation, shift = start.rotation, start.shift_px
-    if image_of is None:
-        image_of = torch.arange(len(rotation), device=rotation.device)
+    rotation, shift = start.rotation.clone(), start.shift_px.clone()
+    going = torch.arange(len(rotation), device=rotation.device)
+    image_of = going if image_of is None else image_of
     at = _model(reference, images, rotation, shift, image_of)
     damping = torch.full_like(at.energy, _DAMPING)
     for _ in range(steps):
-        step = _gauss_newton_step(at, damping)
-        tried_rotation, tried_shift = rotation_from_vector(step[:, :3]) @ rotation, shift + step[:, 3:]
-        tried = _model(reference, images, tried_rotation, tried_shift, image_of)
-        better = tried.energy < at.energy
-        rotation = torch.where(better[:, None, None], tried_rotation, rotation)
-        shift = torch.where(better[:, None], tried_shift, shift)
-        at = _Model(
-            torch.where(better, tried.energy, at.energy),
-            torch.where(better[:, None], tried.gradient, at.gradient),
-            torch.where(better[:, None, None], tried.normal, at.normal),
-        )
-        damping = torch.where(better, damping / 4, damping * 8).clamp_min(_SMALLEST_DAMPING)
+        step = _gauss_newton_step(at.take(going), damping[going])
+        tried_rotation, tried_shift = rotation_from_vector(step[:, :3]) @ rotation[going], shift[going] + step[:, 3:]
+        tried = _model(reference, images, tried_rotation, tried_shift, image_of[going])
+        gain = at.energy[going] - tried.energy
+        better = gain > 0
+        taken = going[better]
+        rotation[taken], shift[taken] = tried_rotation[better], tried_shift[better]
+        at.put(taken, tried.take(better))
+        damping[going] *= torch.where(better, 0.25, 8.0)
+        damping.clamp_min_(_SMALLEST_DAMPING)
+        going = going[gain.abs() > _NEGLIGIBLE_GAIN / len(reference.index) * at.energy[going]]
+        if not len(going):
+            break
     return Matches(rotation, shift, at.energy)
 
 
