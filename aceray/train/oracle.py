@@ -16,6 +16,7 @@ from aceray.data.particles import Truth
 from aceray.em.backprojection import BackProjection
 from aceray.em.fourier import HalfDisc, crop_volume
 from aceray.em.projection import soft_sphere
+from aceray.metrics.masks import molecule_mask
 from aceray.train.energy import Images, Matches, Reference, make_reference, refine_poses
 from aceray.train.evaluate import evaluate, rows_of_truth
 from aceray.train.predict import Particles, Poses
@@ -103,7 +104,7 @@ def run_oracle(
         found.shift_px.cpu() * scale,
         found.energy.cpu() / disc.box**2,
     )
-    volume = _map_of_true_poses(state)
+    volume = _map_of_true_poses(state, crop_volume(truth_volume.float(), disc.box).to(disc.radius.device))
     perfect = Poses(
         particles.particle_id, state.rotation.cpu(), state.shift_px.cpu() * scale, torch.zeros(len(particles))
     )
@@ -178,17 +179,16 @@ def _lower_of(found: Matches, true: Matches) -> tuple[Matches, float]:
     return Matches(rotation, shift, torch.minimum(found.energy, true.energy)), missed
 
 
-def _map_of_true_poses(state: TrueState) -> Float[Tensor, "d d d"]:
-    """Wiener back-projection of all particles from their true poses, in the soft sphere that a decoder has too.
+def _map_of_true_poses(state: TrueState, truth: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+    """Wiener back-projection of all particles from their true poses, where the molecule truly is.
 
     One value of noise over signal serves all shells: the mask mixes neighbouring shells, and outer shells that were
-    damped by their own value would drown in the inner ones (5NRL, 32 px, 0 dB: FSC 0.5 at 2.21 in place of 2.04 px).
+    damped by their own value would drown in the inner ones (5NRL, 32 px, 0 dB, in the soft sphere: FSC 0.5 at 2.21 in
+    place of 2.04 px).
     """
     projection = BackProjection(state.disc)
     for index, images in _chunks(state):
         projection.insert(images.coefficients, state.rotation[index], images.transfer, state.shift_px[index])
     ratio = max(state.noise_variance / max(state.signal_variance, 1e-30), _SMALLEST_INVERSE_SSNR)
-    device = state.disc.radius.device
-    return projection.volume(torch.tensor([ratio], device=device)) * soft_sphere(
-        state.disc.box, state.disc.box / 2, device
-    )
+    sphere = soft_sphere(state.disc.box, state.disc.box / 2, truth.device)
+    return projection.volume(torch.tensor([ratio], device=truth.device)) * sphere * molecule_mask(truth)
