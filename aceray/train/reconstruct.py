@@ -113,10 +113,10 @@ def _agreement(correlation: Float[Tensor, " s"], share: float) -> Float[Tensor, 
     F / (F + share (1 - F)), the correction for solvent content of Frealign (Grigorieff 2016, Methods Enzymol. 579,
     191). Unlike masked half maps it does not hold what masks correlate by themselves.
     """
-    lost = first_lost_shell(correlation)
-    agreement = correlation.clamp(_LEAST_AGREEMENT, 1.0)
-    agreement = agreement / (agreement + share * (1 - agreement))
-    agreement[lost:] = _LEAST_AGREEMENT
+    inside = correlation.clamp(0, 1)
+    inside = inside / (inside + share * (1 - inside))
+    agreement = inside.clamp(_LEAST_AGREEMENT, 1.0)
+    agreement[first_lost_shell(inside) :] = _LEAST_AGREEMENT
     return agreement
 
 
