@@ -79,6 +79,7 @@ class RunFolder:
         self.history = path / "history.jsonl"
         self.volume = path / "volume.mrc"
         self.half_maps = (path / "half_1.mrc", path / "half_2.mrc")  # of refined poses
+        self.mask = path / "mask.mrc"  # that the volume was cut to, the half maps not
         self.poses = path / "poses.parquet"
         self.poses_star = path / "poses.star"
         self.fsc = path / "fsc.csv"
@@ -92,7 +93,18 @@ class RunFolder:
     @property
     def paths(self) -> dict[str, Path]:
         """The files of the run that exist, by name."""
-        names = ("config", "metrics", "history", "volume", "poses", "poses_star", "fsc", "half_map_fsc", "figures")
+        names = (
+            "config",
+            "metrics",
+            "history",
+            "volume",
+            "mask",
+            "poses",
+            "poses_star",
+            "fsc",
+            "half_map_fsc",
+            "figures",
+        )
         found = {name: getattr(self, name) for name in (*names, "checkpoints")}
         found |= {path.stem: path for path in self.half_maps}
         return {name: path for name, path in found.items() if path.exists()}

@@ -23,7 +23,7 @@ from aceray.errors import DataError
 from aceray.folder import RunFolder, open_run_folder
 from aceray.presets import load_config
 
-_HALF_MAPS = ("half_1.mrc", "half_2.mrc")
+_MAPS_BESIDE = ("half_1.mrc", "half_2.mrc", "mask.mrc")
 _TABLES = ("fsc.csv", "half_map_fsc.csv")
 POSES = ("poses.star", "poses.cs", "poses.parquet")
 
@@ -54,10 +54,10 @@ def export_run(run: str | Path, out: str | Path, spread: bool = False) -> Export
     particles = open_particles(config.data.path, config.data.half_set)
     if folder.read_notes().get("dataset_sha256", particles.manifest.sha256) != particles.manifest.sha256:
         raise DataError(f"{particles.path}: not the particles that the run in {folder.path} was trained on")
-    with own_folder(out, ("volume.mrc", *_HALF_MAPS, *_TABLES, *POSES)) as target:
+    with own_folder(out, ("volume.mrc", *_MAPS_BESIDE, *_TABLES, *POSES)) as target:
         paths = {"volume": target / "volume.mrc"}
         write_volume(paths["volume"], *read_volume(folder.volume))
-        for name in (*_HALF_MAPS, *_TABLES):
+        for name in (*_MAPS_BESIDE, *_TABLES):
             if (folder.path / name).exists():
                 paths[Path(name).stem] = target / name
                 with written_atomically(target / name) as temporary:

@@ -90,15 +90,16 @@ def write_results(
 
 
 def _write_halves(folder: RunFolder, share: Share, pixel_size_angstrom: float) -> dict[str, float]:
-    """The maps of the two halves, where poses were refined, their FSC as table and figure, and the resolution.
+    """Where poses were refined, the maps of the two halves and the mask, the FSC as table and figure, the resolution.
 
     With `refine.halves=joint` all poses were refined against the map of both: the curve is optimistic, unlike that of
     two half sets' own runs.
     """
-    for file in (*folder.half_maps, folder.half_map_fsc, _half_map_figure(folder)):  # of an earlier volume
+    for file in (*folder.half_maps, folder.mask, folder.half_map_fsc, _half_map_figure(folder)):  # of an earlier volume
         file.unlink(missing_ok=True)
-    if share.halves is None:
+    if share.halves is None or share.mask is None:
         return {}
+    write_volume(folder.mask, share.mask, pixel_size_angstrom)
     for file, half in zip(folder.half_maps, share.halves, strict=True):
         write_volume(file, half, pixel_size_angstrom)
     values, box = fourier_shell_correlation(*share.halves), share.volume.shape[-1]

@@ -67,13 +67,15 @@ class Place:
 class Share:
     """What a worker has at the end: the poses of its particles, their label-free metrics, and the volume.
 
-    The volume is the same on all workers, and so are the maps of its two halves where poses were refined.
+    The volume is the same on all workers, and so are, where poses were refined, the maps of its two halves and the mask
+    that it was cut to.
     """
 
     poses: Poses
     volume: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
     halves: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -169,7 +171,8 @@ def _refined_share(trainer: Trainer, refiner: Refiner, refined: Refined) -> Shar
     trainer.calibrate()
     poses = _poses(refiner, refined)
     halves = (refined.maps.halves[0].cpu(), refined.maps.halves[1].cpu())
-    return Share(poses, refined.maps.joint.cpu(), trainer.scores() | refined.metrics, halves)
+    maps, metrics = refined.maps, trainer.scores() | refined.metrics
+    return Share(poses, maps.joint.cpu(), metrics, halves, maps.mask.cpu())
 
 
 def _refiner(config: Config, particles: ParticleSet, stack: ParticleStack, place: Place) -> Refiner:

@@ -76,7 +76,7 @@ def self_correlation(volume: Float[Tensor, "d d d"], radius: int = _RADIUS) -> C
 
 def correlation_by_angle(volume: Float[Tensor, "d d d"]) -> tuple[Float[Tensor, " a"], Float[Tensor, " a"]]:
     """The highest self-correlation of a map among all axes, for the middles of bins of rotation angle, in degrees."""
-    grid = rotation_grid(_NSIDE, _TURNS).float().to(volume.device)
+    grid = _grid(volume.device)
     correlation = self_correlation(volume)
     score = torch.cat([correlation(part) for part in grid.split(_BATCH)]).cpu()
     number = (rotation_angle_deg(grid) / _ANGLE_BIN_DEG).long().clamp_max(round(180 / _ANGLE_BIN_DEG) - 1).cpu()
@@ -84,6 +84,12 @@ def correlation_by_angle(volume: Float[Tensor, "d d d"]) -> tuple[Float[Tensor, 
     middle = (torch.arange(len(highest)) + 0.5) * _ANGLE_BIN_DEG
     reached = highest > -torch.inf
     return middle[reached], highest[reached]
+
+
+def _grid(device: torch.device) -> Float[Tensor, "g 3 3"]:
+    """Rotations to try: of a rotation and its inverse, under which a map is as like itself, one."""
+    grid = rotation_grid(_NSIDE, _TURNS).float().to(device)
+    return grid[grid[:, 1, 0] >= grid[:, 0, 1]]
 
 
 def rotation_angle_deg(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b"]:
@@ -117,7 +123,7 @@ def find_near_symmetry(volume: Float[Tensor, "d d d"], least: float) -> NearSymm
 
 def _peaks(correlation: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[tuple[Tensor, float]]:
     """Rotations far from the identity, and from one another, at which a map is most like itself."""
-    grid = rotation_grid(_NSIDE, _TURNS).float().to(device)
+    grid = _grid(device)
     score = torch.cat([correlation(part) for part in grid.split(_BATCH)])
     score[rotation_sqfrob(grid, torch.eye(3).to(grid).expand_as(grid)) < _PEAK_DISTANCE_SQFROB] = -torch.inf
     for _ in range(_PEAKS):

@@ -14,6 +14,7 @@ import torch
 import aceray
 from aceray.build import final_box, last_step, refinement_rounds, training_box
 from aceray.config import Config
+from aceray.data.mrc import read_volume
 from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, ParticleStack, open_particles
 from aceray.distributed.ingest import read_here
 from aceray.distributed.run import evaluate_run, evaluate_run_with_oracle, exhaust, run
@@ -68,6 +69,11 @@ def test_maps_of_both_halves_are_left(
             halves.append(np.array(file.data))
     assert halves[0].shape == (BOX,) * 3
     assert np.abs(halves[0] - halves[1]).max() > 1e-3 * np.abs(halves[0]).max()
+    # the volume is cut to the mask, its halves are not
+    volume, mask = (read_volume(path)[0] for path in (folder.volume, folder.mask))
+    assert 0 < float(mask.mean()) < 0.9 and float(mask.min()) >= 0 and float(mask.max()) == 1
+    outside = mask.numpy() == 0
+    assert np.abs(halves[0][outside]).mean() > 1.5 * np.abs(volume.numpy()[outside]).mean()
     assert metrics["refine/half_map_resolution_px_0.143"] >= 2
     assert set(folder.paths) >= {"half_1", "half_2", "volume", "poses"}
     # the table of their agreement, by the maps as they were written
@@ -77,7 +83,7 @@ def test_maps_of_both_halves_are_left(
     np.testing.assert_allclose(table["resolution_angstrom"], BOX * PIXEL_SIZE / table["shell"])
     assert (folder.figures / "half_map_fsc.png").exists()
     exported = aceray.export(folder.path, tmp_path / "out")
-    assert set(exported.paths) >= {"half_1", "half_2", "half_map_fsc"}
+    assert set(exported.paths) >= {"half_1", "half_2", "mask", "half_map_fsc"}
 
 
 @pytest.mark.parametrize("stop", [4, 8])
