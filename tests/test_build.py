@@ -321,3 +321,14 @@ def test_weights_depend_on_the_seed_of_the_run_and_leave_the_global_stream_alone
 
 def test_the_dataset_opens_again(particles: ParticleSet) -> None:
     assert open_particles(particles.path).manifest == particles.manifest
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp", 3)])
+def test_the_small_network_reads_poses_by_one_layer_or_the_papers_three(
+    kind: str, layers: int, particles: ParticleSet
+) -> None:
+    config = load_config("base", *SMALL, f"encoder.regressor={kind}", "encoder.heads=2")
+    encoder = trainer(config, particles).model.encoder
+    for head, outputs in ((encoder.rotation, 12), (encoder.shift, 2)):
+        linear = [module for module in head.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(linear) == layers and linear[-1].out_features == outputs
