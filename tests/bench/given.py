@@ -18,7 +18,7 @@ from aceray.distributed.ingest import read_here
 from aceray.em.fourier import HalfDisc
 from aceray.train.energy import make_reference
 from aceray.train.predict import particles_from_stack
-from aceray.train.refine import Level, Refined, Refiner, shift_penalty
+from aceray.train.refine import Level, Refiner, shift_penalty
 from tests.bench.timing import print_table
 
 SET, SEEDS = "data/spliceosome_32", (1, 2, 3)
@@ -63,10 +63,14 @@ class Truth:
         power, spread_px = self.power(), float(self._poses.shift_px.std())
         noise = float((self._noise_std**2 / power[self._disc.shell]).mean())
 
-        def penalty(refiner: Refiner, state: Refined, scale: float) -> float:
-            return shift_penalty(noise, spread_px * scale)
+        def penalty(energy: float, spread: float) -> float:
+            return shift_penalty(noise, spread)
 
-        with patch.object(Level, "_power", lambda level: power), patch.object(Refiner, "_penalty", penalty):
+        with (
+            patch.object(Level, "_power", lambda level: power),
+            patch.object(Refiner, "_spread_px", lambda refiner, state, scale: spread_px * scale),
+            patch("aceray.train.refine.shift_penalty", penalty),
+        ):
             yield
 
     def power(self) -> torch.Tensor:
