@@ -241,7 +241,11 @@ class Refine(Model):
         True, description="look for a near-symmetry of the map after the first search, and solve its registers"
     )
     near_symmetry: float = Field(
-        0.72, gt=0, le=1, description="least correlation of the map with itself turned that counts as a near-symmetry"
+        0.6,
+        gt=0,
+        le=0.85,
+        description="least correlation of the map with itself turned that counts as a near-symmetry of order three or "
+        "more; .14 more where it is two-fold",
     )
     halves: Literal["joint", "independent"] = Field(
         "joint",

@@ -21,7 +21,7 @@ from aceray.metrics.coverage import NSIDE, cell_count, healpix_cell, view_histog
 from aceray.metrics.fsc import FscCurve, resolution_px
 from aceray.metrics.pose import GOOD_SQFROB
 from aceray.train.evaluate import THRESHOLDS, Evaluation
-from aceray.train.symmetry import correlation_by_angle
+from aceray.train.symmetry import correlation_by_angle, least_correlation, order_of_turn
 
 History = Sequence[Mapping[str, float | int]]
 
@@ -274,7 +274,8 @@ def near_symmetry_figure(volume: Float[Tensor, "d d d"], least: float, order: in
     panel = figure.subplots()
     panel.plot(angle, highest, color=COLOURS[0], label="this map, best axis at each angle")
     far = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
-    panel.axhline(least, **far, label=f"near-symmetry from here ({least:g})")
+    limits = [least_correlation(order_of_turn(float(degrees)), least) for degrees in angle]
+    panel.plot(angle, limits, **far, label="near-symmetry from here")
     for fold in range(2, 7):
         panel.axvline(360 / fold, color=GREY, linewidth=0.4)
         panel.text(360 / fold, 1.02, f"C{fold}", ha="center", fontsize=8, color=GREY)

@@ -9,6 +9,7 @@ the strong low frequencies alone would decide.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -30,6 +31,7 @@ _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
 _BEYOND = 1.2  # how far beyond the agreement of the halves a map is still compared with images
 _SYMMETRIC_ROUNDS = 2
+_WHOLE: Support = torch.ones_like
 
 
 @dataclass(frozen=True)
@@ -244,14 +246,11 @@ class Refiner:
         level = Level(self.particles, self.disc, self.rounds[state.done - 1].box)
         return replace(state, maps=self._maps(level, state.table))
 
-    def _reconstruction(self, level: Level) -> Reconstruction:
-        return Reconstruction(level.disc, self._support)
-
     @torch.no_grad()
     def _maps(self, level: Level, table: PoseTable, group: Float[Tensor, "g 3 3"] | None = None) -> Maps:
-        """Maps of the particles at their present poses, or at all those that a group makes of them."""
-        reconstruction, scale = self._reconstruction(level), level.disc.box / self.stored_box
-        group = torch.eye(3)[None].to(table.rotation) if group is None else group
+        """Maps of the particles at their present poses; in the sphere, at all those that a group makes of them."""
+        support, group = (self._support, torch.eye(3)[None].to(table.rotation)) if group is None else (_WHOLE, group)
+        reconstruction, scale = Reconstruction(level.disc, support), level.disc.box / self.stored_box
         for rows, images in level.chunks():
             for element in group:
                 poses = Matches(table.rotation[rows] @ element, table.shift_px[rows] * scale, table.energy[rows])
@@ -269,7 +268,7 @@ class Refiner:
             _Matcher(reference, plan, least, spread_px, (self._seed, state.done))
             for reference in self._references(level, state, state.maps)
         ]
-        reconstruction, parts, compared = self._reconstruction(level), [], matchers[0].reference
+        reconstruction, parts, compared = Reconstruction(level.disc, self._support), [], matchers[0].reference
         for rows, images in level.chunks():
             before = Matches(table.rotation[rows], table.shift_px[rows] * scale, table.energy[rows])
             found = _improved(matchers, images, before, self._half[rows])
@@ -299,7 +298,7 @@ class Refiner:
             table.rotation,
             table.shift_px * scale,
             near.rotations,
-            lambda: self._reconstruction(level),
+            [partial(Reconstruction, level.disc, support) for support in (self._support, _WHOLE)],
             lambda maps: self._reference(level, state, maps),
             self._seed,
         )

@@ -7,7 +7,7 @@ maximisation from random ones, at low resolution and with a falling temperature.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ _STEPS, _STEP_RADIANS = 25, 0.03
 _ANGLE_BIN_DEG = 4.0
 _LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
 _SUBGROUP_MARGIN = 0.05
+# while many poses are wrong a map resembles itself turned by half a turn, whatever the molecule; by no other angle
+_TWOFOLD_EXCESS = 0.14
 _FALLING_ITERATIONS, _MOST_ITERATIONS, _SETTLED = 10, 40, 1e-3
 _FURTHER_ITERATIONS = 10  # each with one cycle per box more, as far as the map goes
 _RESTARTS, _CONFIRMED = 8, 0.85
@@ -107,13 +109,18 @@ def _squared(values: Complex[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
     return torch.view_as_real(values).square().sum(-1)
 
 
+def least_correlation(order: int, least: float) -> float:
+    """The self-correlation from which a group of that order counts: more where it is two-fold."""
+    return least + _TWOFOLD_EXCESS if order == 2 else least
+
+
 def find_near_symmetry(volume: Float[Tensor, "d d d"], least: float) -> NearSymmetry | None:
-    """The cyclic group of order 2 to 6 with the highest correlation of at least `least`, if there is one."""
+    """The cyclic group of order 2 to 6 with the highest correlation, where one reaches its `least_correlation`."""
     correlation = self_correlation(volume)
     found = []
     for rotation, value in _peaks(correlation, volume.device):
         group = cyclic_group(rotation)
-        if value >= least and group is not None:
+        if group is not None and value >= least_correlation(len(group), least):
             found.append(NearSymmetry(group, float(correlation(group[1:]).mean())))
     # a group's subgroups correlate as well as it does
     best = max((each.correlation for each in found), default=0.0)
@@ -151,11 +158,17 @@ def _climbed(correlation: Callable[[Tensor], Tensor], start: Float[Tensor, "3 3"
     return rotation, float(correlation(rotation[None]))
 
 
+def order_of_turn(angle_deg: float) -> int:
+    """The n from 2 to 6 of which the angle is one step, 1 where there is none."""
+    order = round(360 / max(angle_deg, 1.0))
+    near = 2 <= order <= _LARGEST_ORDER and abs(360 / order - angle_deg) <= _ORDER_TOLERANCE_DEG
+    return order if near else 1
+
+
 def cyclic_group(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"] | None:
     """The n turns about a rotation's axis if its angle is that of one step of n, n from 2 to 6; otherwise None."""
-    angle = float(rotation_angle_deg(rotation))
-    order = round(360 / max(angle, 1.0))
-    if not 2 <= order <= _LARGEST_ORDER or abs(360 / order - angle) > _ORDER_TOLERANCE_DEG:
+    order = order_of_turn(float(rotation_angle_deg(rotation)))
+    if order == 1:
         return None
     # the axis is what the rotation leaves: near half a turn the antisymmetric part no longer tells it
     _, vectors = torch.linalg.eigh((rotation + rotation.T) / 2)
@@ -169,21 +182,22 @@ def solve_registers(
     rotation: Float[Tensor, "n 3 3"],
     shift_px: Float[Tensor, "n 2"],
     group: Float[Tensor, "g 3 3"],
-    new_map: Callable[[], Reconstruction],
+    new_maps: Sequence[Callable[[], Reconstruction]],
     reference_of: Callable[[Maps], Reference],
     seed: int,
 ) -> Int[Tensor, " n"]:
     """Which element of the group each image's rotation is to be multiplied with.
 
     The best of several restarts from random registers, of which about half find the least energy; one that agrees with
-    the best so far is the last. Its shares go on with ever higher frequencies. `chunks` gives the images, `new_map` an
-    empty reconstruction, `reference_of` what images are compared with.
+    the best so far is the last. Its shares go on with ever higher frequencies. `chunks` gives the images and
+    `reference_of` what they are compared with. Restarts take one kind of empty reconstruction of `new_maps` after the
+    other, so two that agree came there by different ways; the first kind judges them, and goes on.
     """
     count, order = len(rotation), len(group)
 
-    def energies_at(share: Tensor, radius: float) -> tuple[Float[Tensor, "n g"], int]:
+    def energies_at(share: Tensor, radius: float, kind: int = 0) -> tuple[Float[Tensor, "n g"], int]:
         """Energies of all registers against the map of the shares, and of how many coefficients they are."""
-        reconstruction = new_map()
+        reconstruction = new_maps[kind]()
         for rows, images in chunks():
             _insert(reconstruction, images, rotation[rows], shift_px[rows], group, share[rows])
         reference = reference_of(reconstruction.maps()).within(radius)
@@ -195,14 +209,14 @@ def solve_registers(
         generator = named_generator("symmetry/registers", seed, restart)
         start = torch.randint(order, (count,), generator=generator).to(rotation.device)
         share = torch.nn.functional.one_hot(start, order).float()
-        energy = torch.inf
         for iteration in range(_MOST_ITERATIONS):
             done, before = min(1.0, iteration / _FALLING_ITERATIONS), share
             temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
             radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
-            energy, share = _shares(*energies_at(share, radius), temperature)
+            _, share = _shares(*energies_at(share, radius, restart % len(new_maps)), temperature)
             if iteration > _FALLING_ITERATIONS and _decided(share, before):
                 break
+        energy, share = _shares(*energies_at(share, float(_RADIUS)), _LAST_TEMPERATURE)
         confirmed = best is not None and _agreement(share.argmax(1), best[0].argmax(1), order) > _CONFIRMED
         if best is None or energy < best[1]:
             best = share, energy

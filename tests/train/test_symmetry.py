@@ -1,6 +1,7 @@
 """Near-symmetries: found where there is one, not found where there is none, registers solved from random ones."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from aceray.train.symmetry import (
     correlation_by_angle,
     cyclic_group,
     find_near_symmetry,
+    least_correlation,
     rotation_angle_deg,
     self_correlation,
     solve_registers,
@@ -57,7 +59,17 @@ def test_a_near_symmetry_is_found_with_its_axis(order: int) -> None:
 
 
 def test_none_is_found_where_there_is_none() -> None:
-    assert find_near_symmetry(chiral_volume(BOX), 0.72) is None
+    assert find_near_symmetry(chiral_volume(BOX), 0.65) is None
+
+
+@pytest.mark.parametrize(("order", "counts"), [(2, False), (3, True)])
+def test_two_fold_needs_more(order: int, counts: bool) -> None:
+    volume = cloud(order, odd=0.3)
+    found = find_near_symmetry(volume, 0.5)
+    assert found is not None and found.order == order
+    assert least_correlation(order, 0.5) == pytest.approx(0.5 if counts else 0.64)
+    just_below = found.correlation - 0.05
+    assert (find_near_symmetry(volume, just_below) is not None) is counts
 
 
 def test_correlation_with_itself_is_one_and_falls_with_the_turn() -> None:
@@ -106,7 +118,7 @@ def solved_share() -> float:
         rotation @ group[lost],
         torch.zeros(count, 2),
         group,
-        lambda: Reconstruction(disc, torch.ones_like),
+        [partial(Reconstruction, disc, torch.ones_like)],
         reference,
         3,
     )
