@@ -3,9 +3,8 @@
 Convention: shells by rounding |k|; the last shell, d/2, holds what lies inside the sphere |k| < d/2. Resolution is the
 first crossing of a threshold, by linear interpolation between shells; two pixels (Nyquist) when there is none.
 
-A mask (metrics.masks) mixes neighbouring coefficients and so raises the
-curve; what it adds is measured on the same volumes with random phases (Chen et al. 2013, Ultramicroscopy 135, 24) and
-taken off.
+A mask (metrics.masks) mixes neighbouring coefficients and so raises the curve; what it adds is measured on the same
+volumes with random phases (Chen et al. 2013, Ultramicroscopy 135, 24) and taken off.
 """
 
 from dataclasses import dataclass
