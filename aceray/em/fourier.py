@@ -4,6 +4,7 @@ Images are transformed orthonormally, so white noise of standard deviation s has
 box, and cropping keeps the coefficients as they are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,12 +74,12 @@ def crop_volume(volume: Float[Tensor, "d d d"], box: int) -> Float[Tensor, "b b 
 
 
 class HalfDisc(nn.Module):
-    """The independent Fourier coefficients below Nyquist of real d x d images.
+    """The independent Fourier coefficients below Nyquist, or within a smaller radius, of real d x d images.
 
     A real image has conjugate coefficients at k and -k; one of each pair is kept: kx > 0, or kx = 0 and ky >= 0, with
-    |k| < d/2. Buffers: `frequency` (p, 2) as (x, y) in cycles per box, `radius` (p,) in cycles per box, `shell` (p,)
-    the rounded radius, `weight` (p,) 1 at the origin and 2 elsewhere, so that the weighted sum of |F|^2 is the
-    image's energy within the disc (Parseval).
+    |k| < d/2 and at most the radius, in cycles per box. Buffers: `frequency` (p, 2) as (x, y) in cycles per box,
+    `radius` (p,) in cycles per box, `shell` (p,) the rounded radius, `weight` (p,) 1 at the origin and 2 elsewhere, so
+    that the weighted sum of |F|^2 is the image's energy within the disc (Parseval).
     """
 
     frequency: Tensor
@@ -89,19 +90,20 @@ class HalfDisc(nn.Module):
     _column: Tensor
     _column_flat: Tensor
 
-    def __init__(self, box: int) -> None:
+    def __init__(self, box: int, radius: float = math.inf) -> None:
         super().__init__()
         self.box = box
         axis = frequency_index(box)
         ky, kx = torch.meshgrid(axis, axis, indexing="ij")
-        inside = (4 * (kx.square() + ky.square()) < box * box) & ((kx > 0) | ((kx == 0) & (ky >= 0)))
+        squared = kx.square() + ky.square()
+        inside = (4 * squared < box * box) & (squared <= radius**2) & ((kx > 0) | ((kx == 0) & (ky >= 0)))
         kx, ky = kx[inside], ky[inside]
         half = box // 2 + 1
-        radius = (kx.square() + ky.square()).float().sqrt()
+        length = squared[inside].float().sqrt()
         self.register_buffer("frequency", torch.stack([kx, ky], dim=-1).float(), persistent=False)
-        self.register_buffer("radius", radius, persistent=False)
-        self.register_buffer("shell", radius.round().long(), persistent=False)
-        self.register_buffer("weight", torch.where(radius == 0, 1.0, 2.0), persistent=False)
+        self.register_buffer("radius", length, persistent=False)
+        self.register_buffer("shell", length.round().long(), persistent=False)
+        self.register_buffer("weight", torch.where(length == 0, 1.0, 2.0), persistent=False)
         self.register_buffer("_flat", (ky % box) * half + kx, persistent=False)
         # the kx = 0 column of a real-input transform holds both k and -k
         self.register_buffer("_column", ((kx == 0) & (ky > 0)).nonzero()[:, 0], persistent=False)
@@ -109,6 +111,15 @@ class HalfDisc(nn.Module):
 
     def __len__(self) -> int:
         return len(self.radius)
+
+    def rows_of(self, inner: "HalfDisc") -> Int[Tensor, " q"]:
+        """Where the frequencies of a disc inside this one stand among these."""
+        size = self.box + 1
+        key, inner_key = (
+            (disc.frequency[:, 0] * size + disc.frequency[:, 1] + size // 2).long() for disc in (self, inner)
+        )
+        ordered, order = key.sort()
+        return order[torch.searchsorted(ordered, inner_key)]
 
     def gather(self, images: Float[Tensor, "*batch d d"]) -> Complex[Tensor, "*batch p"]:
         """Coefficients of the images on the half disc."""

@@ -200,6 +200,17 @@ def refine_poses(
     return Matches(rotation, shift, at.energy)
 
 
+def energies(
+    reference: Reference, images: Images, rotation: Float[Tensor, "b k 3 3"], shift_px: Float[Tensor, "b 2"]
+) -> Float[Tensor, "b k"]:
+    """Energy of each image at k rotations and one shift. The images have the reference's frequencies."""
+    rendered = reference.slices(rotation)
+    if images.transfer is not None:
+        rendered = rendered * images.transfer[:, None]
+    left = rendered - (images.coefficients * reference.phases(shift_px).conj())[:, None]
+    return torch.view_as_real(left).square().sum(-1) @ reference.weight + reference.prior(shift_px)[:, None]
+
+
 def _gauss_newton_step(at: _Model, damping: Float[Tensor, " n"]) -> Float[Tensor, "n 5"]:
     """Rotation vector and shift that minimise the energy of the model that is linear about a pose."""
     normal = at.normal.clone()

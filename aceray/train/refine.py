@@ -7,6 +7,7 @@ the strong low frequencies alone would decide.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from aceray.train.predict import Particles, StreamedCoefficients
 from aceray.train.reconstruct import Maps, Reconstruction, Support, first_lost_shell
 from aceray.train.search import Search
 from aceray.train.statistics import sum_over_workers
-from aceray.train.symmetry import find_near_symmetry, solve_registers
+from aceray.train.symmetry import REGISTER_RADIUS, Views, find_near_symmetry, solve_registers
 
 _CHUNK = 512
 # a rotation that moves by more than 41 degrees has left its minimum
@@ -110,7 +111,7 @@ class Limits:
 
 
 class Level:
-    """A worker's particles, Fourier-cropped to a round's box.
+    """A worker's particles, Fourier-cropped to a round's box, at their frequencies within a radius.
 
     Of streamed particles the cropped coefficients are held where half of the memory for images is enough: rounds at a
     small box then read them once. `power` is the images' mean power in each shell, that of all workers' particles
@@ -118,10 +119,15 @@ class Level:
     """
 
     def __init__(
-        self, particles: Particles, disc: HalfDisc, box: int, power: Float[Tensor, " s"] | None = None
+        self,
+        particles: Particles,
+        disc: HalfDisc,
+        box: int,
+        power: Float[Tensor, " s"] | None = None,
+        radius: float = math.inf,
     ) -> None:
-        self.disc = HalfDisc(box).to(disc.radius.device)
-        self._index = _inside(disc, self.disc)
+        self.disc = HalfDisc(box, radius).to(disc.radius.device)
+        self._index = disc.rows_of(self.disc)
         self._particles = particles
         self._pixel_size_angstrom = particles.pixel_size_angstrom * disc.box / box
         self._held = self._gathered()
@@ -168,16 +174,6 @@ class Level:
             power[1].index_add_(0, self.disc.shell, torch.full_like(self.disc.radius, len(rows)))
         total, count = sum_over_workers(power)
         return (total / count.clamp_min(1)).clamp_min(1e-12)
-
-
-def _inside(outer: HalfDisc, inner: HalfDisc) -> Int[Tensor, " q"]:
-    """Where the frequencies of a smaller box stand among those of a larger one."""
-    size = outer.box + 1
-    outer_key, inner_key = (
-        (disc.frequency[:, 0] * size + disc.frequency[:, 1] + size // 2).long() for disc in (outer, inner)
-    )
-    ordered, order = outer_key.sort()
-    return order[torch.searchsorted(ordered, inner_key)]
 
 
 class Refiner:
@@ -292,15 +288,10 @@ class Refiner:
             maps = self._maps(level, state.table, near.rotations)
             near = find_near_symmetry(maps.joint, self._limits.near_symmetry) or near
             state = self._round(level, searched, replace(state, maps=maps))
-        table, scale = state.table, plan.box / self.stored_box
+        table = state.table
+        coarse = Level(self.particles, self.disc, plan.box, radius=REGISTER_RADIUS)
         register = solve_registers(
-            level.chunks,
-            table.rotation,
-            table.shift_px * scale,
-            near.rotations,
-            [partial(Reconstruction, level.disc, support) for support in (self._support, _WHOLE)],
-            lambda maps: self._reference(level, state, maps),
-            self._seed,
+            self._views(coarse, state), self._views(level, state), table.rotation, near.rotations, self._seed
         )
         table = replace(table, rotation=table.rotation @ near.rotations[register])
         return replace(
@@ -311,6 +302,15 @@ class Refiner:
             moved=1.0,
             symmetry_order=near.order,
             symmetry_correlation=correlation,
+        )
+
+    def _views(self, level: Level, state: Refined) -> Views:
+        """The level's images at the state's shifts, with maps cut to the molecule and whole ones."""
+        return Views(
+            level.chunks,
+            state.table.shift_px * (level.disc.box / self.stored_box),
+            [partial(Reconstruction, level.disc, support) for support in (self._support, _WHOLE)],
+            lambda maps: self._reference(level, state, maps),
         )
 
     def _references(self, level: Level, state: Refined, maps: Maps) -> list[Reference]:

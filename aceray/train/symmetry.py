@@ -21,7 +21,7 @@ from aceray.em.random import named_generator
 from aceray.em.rotation import rotation_from_vector, rotation_sqfrob
 from aceray.metrics.coverage import rotation_grid
 from aceray.metrics.fsc import HalfBall, half_ball, shell_sum
-from aceray.train.energy import Images, Matches, Reference, refine_poses
+from aceray.train.energy import Images, Matches, Reference, energies
 from aceray.train.reconstruct import Maps, Reconstruction
 from aceray.train.statistics import sum_over_workers
 
@@ -34,10 +34,12 @@ _LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
 _SUBGROUP_MARGIN = 0.05
 # while many poses are wrong a map resembles itself turned by half a turn, whatever the molecule; by no other angle
 _TWOFOLD_EXCESS = 0.14
-_FALLING_ITERATIONS, _MOST_ITERATIONS, _SETTLED = 10, 40, 1e-3
+_FALLING_ITERATIONS, _MOST_ITERATIONS = 10, 40
+_SETTLED, _NEGLIGIBLE_GAIN = 1e-3, 1e-4
 _FURTHER_ITERATIONS = 10  # each with one cycle per box more, as far as the map goes
 _RESTARTS, _CONFIRMED = 8, 0.85
 _FIRST_RADIUS = 6.0
+REGISTER_RADIUS = _RADIUS + 2.0  # cycles per box, of the images of restarts: what the mask mixes into the last shell
 _FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.5, 0.02  # of the standard deviation of the energies' differences
 _BATCH = 512
 
@@ -177,64 +179,84 @@ def cyclic_group(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"] | Non
     return rotation_from_vector(turns[:, None] * axis)
 
 
+@dataclass(frozen=True)
+class Views:
+    """Images at some frequencies, and how maps of them are made and compared with them.
+
+    Shifts are in pixels of their box; `new_maps` are kinds of empty reconstructions.
+    """
+
+    chunks: Callable[[], Iterator[tuple[Int[Tensor, " b"], Images]]]
+    shift_px: Float[Tensor, "n 2"]
+    new_maps: Sequence[Callable[[], Reconstruction]]
+    reference_of: Callable[[Maps], Reference]
+
+
 def solve_registers(
-    chunks: Callable[[], Iterator[tuple[Int[Tensor, " b"], Images]]],
-    rotation: Float[Tensor, "n 3 3"],
-    shift_px: Float[Tensor, "n 2"],
-    group: Float[Tensor, "g 3 3"],
-    new_maps: Sequence[Callable[[], Reconstruction]],
-    reference_of: Callable[[Maps], Reference],
-    seed: int,
+    coarse: Views, fine: Views, rotation: Float[Tensor, "n 3 3"], group: Float[Tensor, "g 3 3"], seed: int
 ) -> Int[Tensor, " n"]:
     """Which element of the group each image's rotation is to be multiplied with.
 
     The best of several restarts from random registers, of which about half find the least energy; one that agrees with
-    the best so far is the last. Its shares go on with ever higher frequencies. `chunks` gives the images and
-    `reference_of` what they are compared with. Restarts take one kind of empty reconstruction of `new_maps` after the
-    other, so two that agree came there by different ways; the first kind judges them, and goes on.
+    the best so far is the last. They see the coarse views; the best one's shares go on with ever higher frequencies of
+    the fine ones. Restarts take one kind of map after the other, so two that agree came there by different ways; the
+    first kind judges them, and goes on.
     """
-    count, order = len(rotation), len(group)
-
-    def energies_at(share: Tensor, radius: float, kind: int = 0) -> tuple[Float[Tensor, "n g"], int]:
-        """Energies of all registers against the map of the shares, and of how many coefficients they are."""
-        reconstruction = new_maps[kind]()
-        for rows, images in chunks():
-            _insert(reconstruction, images, rotation[rows], shift_px[rows], group, share[rows])
-        reference = reference_of(reconstruction.maps()).within(radius)
-        found = [_energies(reference, images, rotation[rows], shift_px[rows], group) for rows, images in chunks()]
-        return torch.cat(found), 2 * len(reference.index)
-
-    best: tuple[Tensor, float] | None = None
+    best: tuple[float, Tensor] | None = None
     for restart in range(_RESTARTS):
-        generator = named_generator("symmetry/registers", seed, restart)
-        start = torch.randint(order, (count,), generator=generator).to(rotation.device)
-        share = torch.nn.functional.one_hot(start, order).float()
-        for iteration in range(_MOST_ITERATIONS):
-            done, before = min(1.0, iteration / _FALLING_ITERATIONS), share
-            temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
-            radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
-            _, share = _shares(*energies_at(share, radius, restart % len(new_maps)), temperature)
-            if iteration > _FALLING_ITERATIONS and _decided(share, before):
-                break
-        energy, share = _shares(*energies_at(share, float(_RADIUS)), _LAST_TEMPERATURE)
-        confirmed = best is not None and _agreement(share.argmax(1), best[0].argmax(1), order) > _CONFIRMED
-        if best is None or energy < best[1]:
-            best = share, energy
+        kind, generator = restart % len(coarse.new_maps), named_generator("symmetry/registers", seed, restart)
+        energy, share = _from_random(coarse, rotation, group, kind, generator)
+        if kind > 0:
+            energy, share = _next_shares(coarse, rotation, group, share, float(_RADIUS), _LAST_TEMPERATURE)
+        confirmed = best is not None and _agreement(share.argmax(1), best[1].argmax(1), len(group)) > _CONFIRMED
+        if best is None or energy < best[0]:
+            best = energy, share
         if confirmed:
             break
     assert best is not None
-    share = best[0]
+    share = best[1]
     for further in range(1, _FURTHER_ITERATIONS + 1):
-        _, share = _shares(*energies_at(share, float(_RADIUS + further)), _LAST_TEMPERATURE)
+        _, share = _next_shares(fine, rotation, group, share, float(_RADIUS + further), _LAST_TEMPERATURE)
     return share.argmax(dim=1)
 
 
-def _decided(share: Float[Tensor, "n g"], before: Float[Tensor, "n g"]) -> bool:
-    """Whether shares no longer change, and are not all alike: they hardly change either before the registers part."""
-    order = share.shape[1]
-    sums = torch.stack([share.amax(1).sum(), (share - before).abs().sum(), share.sum()])
+def _from_random(
+    views: Views, rotation: Tensor, group: Tensor, kind: int, generator: torch.Generator
+) -> tuple[float, Float[Tensor, "n g"]]:
+    """Energy and shares that random registers come to, with temperature falling and radius rising."""
+    start = torch.randint(len(group), (len(rotation),), generator=generator).to(rotation.device)
+    share, energy = torch.nn.functional.one_hot(start, len(group)).float(), math.inf
+    for iteration in range(_MOST_ITERATIONS):
+        done, before = min(1.0, iteration / _FALLING_ITERATIONS), (energy, share)
+        temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
+        radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
+        energy, share = _next_shares(views, rotation, group, share, radius, temperature, kind)
+        if iteration > _FALLING_ITERATIONS and _decided(before, (energy, share)):
+            break
+    return energy, share
+
+
+def _next_shares(
+    views: Views, rotation: Tensor, group: Tensor, share: Tensor, radius: float, temperature: float, kind: int = 0
+) -> tuple[float, Float[Tensor, "n g"]]:
+    """Energy and new shares against the map of the shares."""
+    reconstruction = views.new_maps[kind]()
+    for rows, images in views.chunks():
+        _insert(reconstruction, images, rotation[rows], views.shift_px[rows], group, share[rows])
+    reference, found = views.reference_of(reconstruction.maps()).within(radius), []
+    for rows, images in views.chunks():
+        tried = rotation[rows, None] @ group
+        found.append(energies(reference, images.at(reference.index), tried, views.shift_px[rows]))
+    return _shares(torch.cat(found), 2 * len(reference.index), temperature)
+
+
+def _decided(before: tuple[float, Float[Tensor, "n g"]], now: tuple[float, Float[Tensor, "n g"]]) -> bool:
+    """Whether the energy no longer falls or no share changes, and not all are alike: nothing does before they part."""
+    share, order = now[1], now[1].shape[1]
+    sums = torch.stack([share.amax(1).sum(), (share - before[1]).abs().sum(), share.sum()])
     largest, change, count = sum_over_workers(sums.double()).tolist()
-    return largest / count > 1.5 / order and change / count < _SETTLED
+    at_rest = before[0] - now[0] < _NEGLIGIBLE_GAIN * now[0] or change / count < _SETTLED
+    return at_rest and largest / count > 1.5 / order
 
 
 def _agreement(register: Int[Tensor, " n"], other: Int[Tensor, " n"], order: int) -> float:
@@ -276,17 +298,3 @@ def _insert(
         part = Images(images.coefficients[rows] * root, transfer[rows] * root)
         poses = Matches(rotation[rows] @ element, shift_px[rows], root[:, 0])
         reconstruction.insert(part, poses, rows % 2)
-
-
-def _energies(
-    reference: Reference, images: Images, rotation: Tensor, shift_px: Tensor, group: Tensor
-) -> Float[Tensor, "b g"]:
-    order = len(group)
-    poses = Matches(
-        (rotation[:, None] @ group).flatten(0, 1),
-        shift_px.repeat_interleave(order, 0),
-        torch.zeros(order * len(rotation)).to(rotation),
-    )
-    rows = torch.arange(len(rotation), device=rotation.device).repeat_interleave(order)
-    found = refine_poses(reference, images.at(reference.index), poses, 0, rows)
-    return found.energy.unflatten(0, (-1, order))

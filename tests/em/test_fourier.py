@@ -69,6 +69,19 @@ def test_half_disc_gathers_orthonormal_coefficients(box: int) -> None:
     assert disc.shell.tolist() == [round(radius) for radius in disc.radius.tolist()]
 
 
+def test_a_smaller_radius_keeps_the_inner_frequencies_of_the_same_box() -> None:
+    whole, inner = HalfDisc(12), HalfDisc(12, 3.0)
+    kept = whole.radius <= 3.0
+    assert whole.rows_of(inner).tolist() == kept.nonzero()[:, 0].tolist()
+    assert_close(HalfDisc(32).frequency[HalfDisc(32).rows_of(whole)], whole.frequency)
+    assert 3.0 in inner.radius and len(inner) == int(kept.sum()) < len(whole)
+    for name in ("frequency", "radius", "shell", "weight"):
+        torch.testing.assert_close(getattr(inner, name), getattr(whole, name)[kept])
+    coefficients = inner.gather(torch.randn(12, 12, generator=named_generator("tests/fourier/inner")))
+    torch.testing.assert_close(whole.gather(inner.scatter(coefficients))[kept], coefficients)
+    assert float(whole.gather(inner.scatter(coefficients))[~kept].abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("box", BOXES)
 def test_gather_and_scatter_are_inverses_on_the_disc(box: int) -> None:
     disc = HalfDisc(box)

@@ -11,7 +11,7 @@ from aceray.em.projection import padded_transform
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob
 from aceray.train import energy
-from aceray.train.energy import Images, Matches, make_reference, refine_poses
+from aceray.train.energy import Images, Matches, energies, make_reference, refine_poses
 from tests.train.phantom import BOX, chiral_volume
 from tests.train.test_search import imaged
 
@@ -35,6 +35,18 @@ def test_compiled_and_tensor_models_agree() -> None:
         scale = theirs.flatten(1).abs().amax(1)
         error = (ours - theirs).flatten(1).abs().amax(1) / scale
         assert float(error.median()) < 0.02 and float(error.max()) < 0.2
+
+
+def test_energies_of_several_rotations_are_those_of_the_model() -> None:
+    images, rotation, shift = imaged(5, noise=0.3)
+    reference = make_reference(chiral_volume(), DISC, 0.5, DISC.weight / (1 + DISC.radius))
+    tried, _ = poses(15)
+    at = Matches(tried, shift.repeat_interleave(3, 0), torch.zeros(15))
+    model = refine_poses(reference, images, at, 0, torch.arange(5).repeat_interleave(3)).energy
+    assert_close(energies(reference, images, tried.unflatten(0, (5, 3)), shift), model.unflatten(0, (5, 3)))
+    here, wrong = energies(reference, images, torch.stack([rotation, tried[:5]], 1), shift).T
+    assert (here < wrong).all()
+    assert (here < energies(reference, images, rotation[:, None], -shift)[:, 0]).all()
 
 
 def test_tensor_code_refines_to_the_same_poses() -> None:

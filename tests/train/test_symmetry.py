@@ -1,6 +1,7 @@
 """Near-symmetries: found where there is one, not found where there is none, registers solved from random ones."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -13,6 +14,9 @@ from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_
 from aceray.train.energy import Images, Reference, make_reference
 from aceray.train.reconstruct import Maps, Reconstruction
 from aceray.train.symmetry import (
+    REGISTER_RADIUS,
+    Views,
+    _decided,
     _shares,
     correlation_by_angle,
     cyclic_group,
@@ -92,6 +96,21 @@ def test_groups_of_angles(degrees: float, order: int | None) -> None:
         torch.testing.assert_close(group[1] @ AXIS, AXIS, atol=1e-4, rtol=0)
 
 
+def views(images: Images, disc: HalfDisc) -> Views:
+    """Unshifted images, each shell weighted by its power."""
+    power = torch.zeros(BOX).index_add_(0, disc.shell, images.coefficients.abs().square().mean(0))
+    weight = disc.weight / (power / torch.bincount(disc.shell, minlength=BOX).clamp_min(1))[disc.shell]
+
+    def chunks() -> Iterator[tuple[torch.Tensor, Images]]:
+        for rows in torch.arange(len(images)).split(200):
+            yield rows, images.take(rows)
+
+    def reference(maps: Maps) -> Reference:
+        return make_reference(maps.joint, disc, None, weight)
+
+    return Views(chunks, torch.zeros(len(images), 2), [partial(Reconstruction, disc, torch.ones_like)], reference)
+
+
 def solved_share() -> float:
     """Share of noisy images whose registers are found but for a turn of all."""
     count, order = 500, 3
@@ -103,25 +122,9 @@ def solved_share() -> float:
     )
     images, group = Images(noisy, None), turns(order)
     lost = torch.randint(order, (count,), generator=generator)
-    power = torch.zeros(BOX).index_add_(0, disc.shell, noisy.abs().square().mean(0))
-    weight = disc.weight / (power / torch.bincount(disc.shell, minlength=BOX).clamp_min(1))[disc.shell]
-
-    def chunks():
-        for rows in torch.arange(count).split(200):
-            yield rows, images.take(rows)
-
-    def reference(maps: Maps) -> Reference:
-        return make_reference(maps.joint, disc, None, weight)
-
-    register = solve_registers(
-        chunks,
-        rotation @ group[lost],
-        torch.zeros(count, 2),
-        group,
-        [partial(Reconstruction, disc, torch.ones_like)],
-        reference,
-        3,
-    )
+    coarse = HalfDisc(BOX, REGISTER_RADIUS)
+    inner = images.at((disc.radius <= REGISTER_RADIUS).nonzero()[:, 0])
+    register = solve_registers(views(inner, coarse), views(images, disc), rotation @ group[lost], group, 3)
     return float(torch.bincount((lost + register) % order, minlength=order).max()) / count
 
 
@@ -142,6 +145,14 @@ def test_registers_that_are_found_see_all_frequencies_in_the_end(monkeypatch: py
     low = 2 * int((disc.radius <= 8).sum())
     assert compared[-11] == low and compared[-1] == 2 * len(disc) > low
     assert sorted(compared[-11:]) == compared[-11:]
+
+
+def test_registers_are_decided_once_nothing_falls_and_they_have_parted() -> None:
+    parted, alike = torch.eye(3).repeat(4, 1), torch.full((12, 3), 1 / 3)
+    assert _decided((1.0, parted.roll(1, 1)), (1.0, parted))
+    assert _decided((1.1, parted), (1.0, parted))
+    assert not _decided((1.1, parted.roll(1, 1)), (1.0, parted))
+    assert not _decided((1.0, alike), (1.0, alike))
 
 
 def test_the_angle_of_a_near_symmetry_stands_out() -> None:
