@@ -18,8 +18,10 @@ from aceray.train.statistics import sum_over_workers
 _NO_AGREEMENT, _LEAST_AGREEMENT = 0.1, 0.02
 _FIRST_SHELL = 3
 _JOINED_SHELL = 4
-_INVERSE_SSNR = 0.1  # of the mean denominator of all shells: bounds what a node that few images reached may become
-
+# of a shell's mean denominator: bounds what a node that few images reached may become, and lowers no shell by more
+_INVERSE_SSNR = 0.01
+# of the last whole shell: those at Nyquist and beyond are reached by the rim of the images alone, and mostly noise
+_RIM_INVERSE_SSNR = 0.3
 
 Support = Callable[[Float[Tensor, "d d d"]], Float[Tensor, "d d d"]]
 """Weights, from 0 to 1, of where in a map's field the molecule is."""
@@ -84,7 +86,9 @@ class Reconstruction:
 
     def _in_sphere(self, accumulator: BackProjection) -> Float[Tensor, "d d d"]:
         mean = accumulator.mean_denominator()
-        volume = accumulator.volume(_INVERSE_SSNR * mean.mean(dim=0, keepdim=True))
+        inverse_ssnr = _INVERSE_SSNR * mean
+        inverse_ssnr[-1] = _RIM_INVERSE_SSNR * mean[-2]
+        volume = accumulator.volume(inverse_ssnr)
         return volume * self._sphere(volume.device)
 
     def _sphere(self, device: torch.device) -> Float[Tensor, "d d d"]:

@@ -32,6 +32,7 @@ _MOVED_SQFROB = 1.0
 _SMALLEST_SPREAD_PX = 0.2  # of the round's box
 _BEYOND = 1.2  # how far beyond the agreement of the halves a map is still compared with images
 _SYMMETRIC_ROUNDS = 2
+_NEGLIGIBLE_GAIN = 1e-3  # of a round, of the images' power
 _WHOLE: Support = torch.ones_like
 
 
@@ -225,12 +226,13 @@ class Refiner:
     def _at_rest(self, before: Refined, state: Refined) -> bool:
         """Whether a round left poses and energy as they were after the one before, at the same box.
 
-        One part in the number of frequencies is what two parameters of a pose fit by chance.
+        What two parameters of a pose fit by chance is one part in the number of frequencies; where there is no noise,
+        what is left falls on and on, by less than counts.
         """
         if not before.done or self.rounds[before.done - 1].box != self.rounds[before.done].box:
             return False
         gain, by_chance = before.energy - state.energy, state.energy / len(HalfDisc(self.rounds[before.done].box))
-        return state.moved <= self._limits.settled and gain <= by_chance
+        return state.moved <= self._limits.settled and gain <= max(by_chance, _NEGLIGIBLE_GAIN)
 
     def _after_those_alike(self, done: int) -> int:
         """The number of rounds done once all that are planned like the last one are passed over."""

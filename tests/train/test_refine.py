@@ -10,7 +10,7 @@ from aceray.em.fourier import HalfDisc, crop_images, crop_volume
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations, rotation_from_vector, rotation_sqfrob
 from aceray.metrics.fsc import fourier_shell_correlation, fsc_area, half_ball
-from aceray.train.energy import Images, Matches
+from aceray.train.energy import Images, Matches, energies, make_reference
 from aceray.train.predict import Particles
 from aceray.train.reconstruct import Maps, Reconstruction, Support, damped, joined
 from aceray.train.refine import Level, Limits, PoseTable, Refined, Refiner, Round, _improved, _Matcher
@@ -246,7 +246,7 @@ def test_a_mask_takes_noise_away_and_says_how_much() -> None:
     whole, cut = (noisy_maps(support) for support in (torch.ones_like, lambda _: inside))
     assert_close(whole.half_fsc, cut.half_fsc)
     assert_close(whole.halves, cut.halves)
-    assert float(cut.joint[inside == 0].abs().mean()) < 0.35 * float(whole.joint[inside == 0].abs().mean())
+    assert float(cut.joint[inside == 0].abs().mean()) < 0.4 * float(whole.joint[inside == 0].abs().mean())
     with_truth = [fourier_shell_correlation(maps.joint, chiral_volume()) for maps in (whole, cut)]
     assert float((with_truth[1] - with_truth[0])[4:6].min()) > 0.05
     # the halves' maps, cut alike, agree as was predicted from those that are not, which agree less
@@ -323,8 +323,8 @@ def test_halves_that_see_one_map_agree_on_noise_and_independent_ones_do_not() ->
         *_, last = refiner(particles, plan, limits=limits, support=torch.ones_like).run(start)
         assert last.maps is not None
         agreement[independent] = float(last.maps.half_fsc[6:10].mean())
-    assert agreement[False] > 0.2
-    assert abs(agreement[True]) < 0.15
+    assert agreement[False] > 0.1
+    assert agreement[True] < 0.05
 
 
 def test_independent_halves_come_to_the_same_poses_in_one_frame() -> None:
@@ -336,3 +336,18 @@ def test_independent_halves_come_to_the_same_poses_in_one_frame() -> None:
     halves = particles.particle_id // 2 % 2
     frames = [float(error(last, rotation)[halves == half].median()) for half in (0, 1)]
     assert max(frames) < 0.2 * float(error(start, rotation).median())
+
+
+def test_a_map_of_many_images_explains_them_at_every_shell() -> None:
+    """No shell comes out weaker than it is: what the map leaves unexplained of noise-free images is little."""
+    particles, rotation, shift = particles_and_poses(2_000, noise=0.0)
+    images = Images(particles.coefficients, particles.transfer(torch.arange(2_000), DISC))
+    reconstruction = Reconstruction(DISC, torch.ones_like)
+    reconstruction.insert(images, Matches(rotation, shift, torch.zeros(2_000)), particles.particle_id % 2)
+    maps, weight = reconstruction.maps(), Level(particles, DISC, BOX).weight
+    for shell in range(1, BOX // 2 - 1):
+        at = (DISC.shell == shell).nonzero()[:, 0]
+        reference = make_reference(maps.joint, DISC, None, weight)
+        reference = replace(reference, frequency=reference.frequency[at], weight=weight[at], index=at)
+        left = energies(reference, images.at(at), rotation[:, None], shift).sum()
+        assert float(left / images.at(at).power(weight[at]).sum()) < 0.03, shell
