@@ -29,7 +29,7 @@ _RADIUS = 8  # cycles per box
 _NSIDE, _TURNS = 4, 32
 _PEAKS, _PEAK_DISTANCE_SQFROB = 6, 1.0  # 41 degrees
 _STEPS, _STEP_RADIANS = 25, 0.03
-_ANGLE_BIN_DEG = 4.0
+_ANGLE_BIN_DEG = 7.5  # half of what lies between the rotations to try
 _LARGEST_ORDER, _ORDER_TOLERANCE_DEG = 6, 8.0
 _SUBGROUP_MARGIN = 0.05
 # while many poses are wrong a map resembles itself turned by half a turn, whatever the molecule; by no other angle
