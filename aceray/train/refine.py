@@ -24,7 +24,7 @@ from aceray.train.predict import Particles, StreamedCoefficients
 from aceray.train.reconstruct import Maps, Reconstruction, Support, first_lost_shell
 from aceray.train.search import Search
 from aceray.train.statistics import sum_over_workers
-from aceray.train.symmetry import REGISTER_RADIUS, Views, find_near_symmetry, solve_registers
+from aceray.train.symmetry import REGISTER_RADIUS, Evidence, find_near_symmetry, solve_registers
 
 _CHUNK = 512
 # a rotation that moves by more than 41 degrees has left its minimum
@@ -293,7 +293,7 @@ class Refiner:
         table = state.table
         coarse = Level(self.particles, self.disc, plan.box, radius=REGISTER_RADIUS)
         register = solve_registers(
-            self._views(coarse, state), self._views(level, state), table.rotation, near.rotations, self._seed
+            self._evidence(coarse, state), self._evidence(level, state), table.rotation, near.rotations, self._seed
         )
         table = replace(table, rotation=table.rotation @ near.rotations[register])
         return replace(
@@ -306,9 +306,9 @@ class Refiner:
             symmetry_correlation=correlation,
         )
 
-    def _views(self, level: Level, state: Refined) -> Views:
+    def _evidence(self, level: Level, state: Refined) -> Evidence:
         """The level's images at the state's shifts, with maps cut to the molecule and whole ones."""
-        return Views(
+        return Evidence(
             level.chunks,
             state.table.shift_px * (level.disc.box / self.stored_box),
             [partial(Reconstruction, level.disc, support) for support in (self._support, _WHOLE)],

@@ -180,7 +180,7 @@ def cyclic_group(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"] | Non
 
 
 @dataclass(frozen=True)
-class Views:
+class Evidence:
     """Images at some frequencies, and how maps of them are made and compared with them.
 
     Shifts are in pixels of their box; `new_maps` are kinds of empty reconstructions.
@@ -193,13 +193,13 @@ class Views:
 
 
 def solve_registers(
-    coarse: Views, fine: Views, rotation: Float[Tensor, "n 3 3"], group: Float[Tensor, "g 3 3"], seed: int
+    coarse: Evidence, fine: Evidence, rotation: Float[Tensor, "n 3 3"], group: Float[Tensor, "g 3 3"], seed: int
 ) -> Int[Tensor, " n"]:
     """Which element of the group each image's rotation is to be multiplied with.
 
     The best of several restarts from random registers, of which about half find the least energy; one that agrees with
-    the best so far is the last. They see the coarse views; the best one's shares go on with ever higher frequencies of
-    the fine ones. Restarts take one kind of map after the other, so two that agree came there by different ways; the
+    the best so far is the last. They see the coarse evidence; the best one's shares go on with ever higher frequencies
+    of the fine. Restarts take one kind of map after the other, so two that agree came there by different ways; the
     first kind judges them, and goes on.
     """
     best: tuple[float, Tensor] | None = None
@@ -221,7 +221,7 @@ def solve_registers(
 
 
 def _from_random(
-    views: Views, rotation: Tensor, group: Tensor, kind: int, generator: torch.Generator
+    evidence: Evidence, rotation: Tensor, group: Tensor, kind: int, generator: torch.Generator
 ) -> tuple[float, Float[Tensor, "n g"]]:
     """Energy and shares that random registers come to, with temperature falling and radius rising."""
     start = torch.randint(len(group), (len(rotation),), generator=generator).to(rotation.device)
@@ -230,23 +230,23 @@ def _from_random(
         done, before = min(1.0, iteration / _FALLING_ITERATIONS), (energy, share)
         temperature = _FIRST_TEMPERATURE * (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** done
         radius = _FIRST_RADIUS + done * (_RADIUS - _FIRST_RADIUS)
-        energy, share = _next_shares(views, rotation, group, share, radius, temperature, kind)
+        energy, share = _next_shares(evidence, rotation, group, share, radius, temperature, kind)
         if iteration > _FALLING_ITERATIONS and _decided(before, (energy, share)):
             break
     return energy, share
 
 
 def _next_shares(
-    views: Views, rotation: Tensor, group: Tensor, share: Tensor, radius: float, temperature: float, kind: int = 0
+    evidence: Evidence, rotation: Tensor, group: Tensor, share: Tensor, radius: float, temperature: float, kind: int = 0
 ) -> tuple[float, Float[Tensor, "n g"]]:
     """Energy and new shares against the map of the shares."""
-    reconstruction = views.new_maps[kind]()
-    for rows, images in views.chunks():
-        _insert(reconstruction, images, rotation[rows], views.shift_px[rows], group, share[rows])
-    reference, found = views.reference_of(reconstruction.maps()).within(radius), []
-    for rows, images in views.chunks():
+    reconstruction = evidence.new_maps[kind]()
+    for rows, images in evidence.chunks():
+        _insert(reconstruction, images, rotation[rows], evidence.shift_px[rows], group, share[rows])
+    reference, found = evidence.reference_of(reconstruction.maps()).within(radius), []
+    for rows, images in evidence.chunks():
         tried = rotation[rows, None] @ group
-        found.append(energies(reference, images.at(reference.index), tried, views.shift_px[rows]))
+        found.append(energies(reference, images.at(reference.index), tried, evidence.shift_px[rows]))
     return _shares(torch.cat(found), 2 * len(reference.index), temperature)
 
 

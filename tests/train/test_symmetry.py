@@ -15,7 +15,7 @@ from aceray.train.energy import Images, Reference, make_reference
 from aceray.train.reconstruct import Maps, Reconstruction
 from aceray.train.symmetry import (
     REGISTER_RADIUS,
-    Views,
+    Evidence,
     _decided,
     _shares,
     correlation_by_angle,
@@ -96,7 +96,7 @@ def test_groups_of_angles(degrees: float, order: int | None) -> None:
         torch.testing.assert_close(group[1] @ AXIS, AXIS, atol=1e-4, rtol=0)
 
 
-def views(images: Images, disc: HalfDisc) -> Views:
+def evidence(images: Images, disc: HalfDisc) -> Evidence:
     """Unshifted images, each shell weighted by its power."""
     power = torch.zeros(BOX).index_add_(0, disc.shell, images.coefficients.abs().square().mean(0))
     weight = disc.weight / (power / torch.bincount(disc.shell, minlength=BOX).clamp_min(1))[disc.shell]
@@ -108,7 +108,7 @@ def views(images: Images, disc: HalfDisc) -> Views:
     def reference(maps: Maps) -> Reference:
         return make_reference(maps.joint, disc, None, weight)
 
-    return Views(chunks, torch.zeros(len(images), 2), [partial(Reconstruction, disc, torch.ones_like)], reference)
+    return Evidence(chunks, torch.zeros(len(images), 2), [partial(Reconstruction, disc, torch.ones_like)], reference)
 
 
 def solved_share() -> float:
@@ -124,7 +124,7 @@ def solved_share() -> float:
     lost = torch.randint(order, (count,), generator=generator)
     coarse = HalfDisc(BOX, REGISTER_RADIUS)
     inner = images.at((disc.radius <= REGISTER_RADIUS).nonzero()[:, 0])
-    register = solve_registers(views(inner, coarse), views(images, disc), rotation @ group[lost], group, 3)
+    register = solve_registers(evidence(inner, coarse), evidence(images, disc), rotation @ group[lost], group, 3)
     return float(torch.bincount((lost + register) % order, minlength=order).max()) / count
 
 
