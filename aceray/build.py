@@ -264,7 +264,8 @@ def _build_model(
 def _build_decoder(config: Config, disc: HalfDisc) -> Decoder:
     match config.decoder:
         case SirenDecoder() as chosen:
-            return siren.SirenDecoder(
+            projected = siren.LatticeSirenDecoder if chosen.projector == "lattice" else siren.SirenDecoder
+            return projected(
                 disc,
                 chosen.width,
                 content_depth=chosen.content_depth,

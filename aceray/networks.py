@@ -72,6 +72,9 @@ class SirenDecoder(Model):
     """The Fourier transform as envelope times content, two networks with sine activations."""
 
     kind: Literal["siren"] = "siren"
+    projector: Literal["points", "lattice"] = Field(
+        "points", description="networks at each image's own points, or once a step on a lattice, sliced as voxels are"
+    )
     width: int = Field(256, ge=8, le=4096, description="features of a hidden layer")
     content_depth: int = Field(3, ge=1, le=16, description="hidden layers of the content after its first")
     envelope_depth: int = Field(2, ge=1, le=16, description="hidden layers of the envelope after its first")

@@ -11,7 +11,7 @@ from aceray.config import Config
 from aceray.data.particles import TRUTH_COLUMNS, ParticleSet, RowGroup, open_particles
 from aceray.distributed.ingest import read_here
 from aceray.errors import ConfigError, DataError
-from aceray.models.siren import SirenDecoder
+from aceray.models.siren import LatticeSirenDecoder, SirenDecoder
 from aceray.models.voxel import RotatedVoxelDecoder, VoxelDecoder
 from aceray.presets import load_config
 from aceray.train.background import ColouredNoise, WhiteNoise
@@ -81,10 +81,11 @@ def test_presets_train_a_few_steps(preset: str, particles: ParticleSet) -> None:
 
 
 SIREN = ("decoder/siren", "decoder.width=16")
+LATTICE = (*SIREN, "decoder.projector=lattice")
 ROTATE = ("decoder.projector=rotate",)
 
 
-@pytest.mark.parametrize("decoder", [SIREN, ROTATE])
+@pytest.mark.parametrize("decoder", [SIREN, LATTICE, ROTATE])
 def test_every_decoder_learns_repeats_and_resumes(decoder: tuple[str, ...], particles: ParticleSet) -> None:
     config = load_config(*SMALL, *decoder)
     source = trainer(config, particles)
@@ -100,7 +101,7 @@ def test_every_decoder_learns_repeats_and_resumes(decoder: tuple[str, ...], part
     assert torch.equal(resumed.volume(), source.volume())
 
 
-@pytest.mark.parametrize("decoder", [SIREN, ROTATE, ("decoder/voxel",)])
+@pytest.mark.parametrize("decoder", [SIREN, LATTICE, ROTATE, ("decoder/voxel",)])
 def test_pose_loss_leaves_every_decoder_alone(decoder: tuple[str, ...], particles: ParticleSet) -> None:
     source = trainer(load_config(*SMALL, *decoder), particles)
     images, drawn = source.sampler.images(1, False), source.sampler.poses(1, 0.0, WhiteNoise(0.0))
@@ -133,6 +134,8 @@ def test_settings_reach_the_networks(particles: ParticleSet) -> None:
     decoder = source.model.decoder
     assert isinstance(decoder, SirenDecoder) and decoder.scale == 3
     assert (len(decoder.content.rest), len(decoder.envelope.rest)) == (3, 2)
+    assert not isinstance(decoder, LatticeSirenDecoder)
+    assert isinstance(trainer(load_config(*SMALL, *LATTICE), particles).model.decoder, LatticeSirenDecoder)
     assert (decoder.content.first.frequency, decoder.envelope.first.frequency) == (20, 10)
     assert decoder.content.first.out_features == 16
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aceray.em.fourier import HalfDisc, frequency_index
-from aceray.em.projection import soft_sphere
+from aceray.em.projection import central_slice, padded_transform, soft_sphere
 
 # points evaluated at a time: 128 MiB for each layer's activations at a width of 256
 _CHUNK_POINTS = 2**17
@@ -120,3 +120,19 @@ class SirenDecoder(nn.Module):
     def slices(self, transform: Tensor, rotation: Float[Tensor, "*batch 3 3"]) -> Complex[Tensor, "*batch p"]:
         """Half-disc coefficients of the projections at these rotations (ACE-EM eq. 26)."""
         return self.coefficients(self.disc.frequency @ rotation[..., :2, :])
+
+
+class LatticeSirenDecoder(SirenDecoder):
+    """The same networks, asked once a step for the whole frequencies of half of space; slices are their volume's.
+
+    A step costs d^3 pi/12 points whatever the number of images, where an image's own points are d^2 pi/8 for each. What
+    trains is the volume that is exported, in the soft sphere, so the networks are not free to fill what lies outside.
+    """
+
+    def transform(self) -> Float[Tensor, "2 m m h"]:
+        """The volume's padded transform."""
+        return padded_transform(self.volume())
+
+    def slices(self, transform: Tensor, rotation: Float[Tensor, "*batch 3 3"]) -> Complex[Tensor, "*batch p"]:
+        """Half-disc coefficients of the projections at these rotations."""
+        return central_slice(transform, rotation, self.disc)

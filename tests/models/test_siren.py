@@ -1,15 +1,18 @@
-"""The Fourier decoder: a real volume whatever its weights, the paper's size, an export that is what its slices show."""
+"""The Fourier decoder: a real volume whatever its weights, the paper's size, an export that is what its slices show.
+
+And its two projectors, which agree on a volume that fits into the box.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from aceray.em.fourier import HalfDisc
+from aceray.em.fourier import HalfDisc, frequency_index
 from aceray.em.projection import central_slice, padded_transform
 from aceray.em.random import named_generator
-from aceray.em.rotation import random_rotations
-from aceray.models.siren import SirenDecoder
+from aceray.em.rotation import random_rotations, rotation_from_vector
+from aceray.models.siren import LatticeSirenDecoder, SirenDecoder
 from tests.train.phantom import BOX, chiral_volume
 
 STEPS, BATCH = 250, 12
@@ -19,6 +22,13 @@ def decoder(width: int = 16, box: int = BOX, seed: int = 0, **settings) -> Siren
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SirenDecoder(HalfDisc(box), width, **settings)
+
+
+def on_lattice(model: SirenDecoder) -> LatticeSirenDecoder:
+    """The same weights behind the other projector."""
+    lattice = LatticeSirenDecoder(model.disc, model.content.first.out_features)
+    lattice.load_state_dict(model.state_dict())
+    return lattice
 
 
 def scaled_phantom() -> tuple[Tensor, Tensor, Tensor]:
@@ -163,3 +173,40 @@ def test_the_exported_volume_has_the_projections_that_slices_show(trained: Siren
 def test_the_corners_of_the_exported_volume_are_empty() -> None:
     volume = decoder().volume()
     assert volume[0, 0, 0] == 0 and volume[BOX // 2, BOX // 2, BOX // 2] != 0
+
+
+def test_lattice_slices_are_fourier_sums_over_the_exported_volume(trained: SirenDecoder) -> None:
+    lattice = on_lattice(trained).requires_grad_(False)
+    rotation = random_rotations(4, named_generator("tests/siren/lattice"))
+    axis = frequency_index(BOX).double()
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    points = (trained.disc.frequency @ rotation[:, :2]).double()
+    phase = -2j * torch.pi / BOX * (points @ torch.stack([x, y, z]).reshape(3, -1))
+    expected = phase.exp() @ trained.volume().double().flatten().to(torch.complex128) / BOX
+    slices = lattice.slices(lattice.transform(), rotation)
+    # trilinear sampling of a transform padded to twice the box
+    assert float((slices - expected).norm() / expected.norm()) < 0.06
+
+
+def test_the_projectors_agree_on_a_volume_that_fits_into_the_box(trained: SirenDecoder) -> None:
+    lattice = on_lattice(trained).requires_grad_(False)
+    rotation = random_rotations(8, named_generator("tests/siren/projectors"))
+    images = central_slice(padded_transform(scaled_phantom()[0], 3), rotation, trained.disc)
+    found = []
+    for model in (trained, lattice):
+        turned = rotation_from_vector(torch.tensor([0.1, -0.2, 0.15])) @ rotation
+        turned.requires_grad_()
+        slices = model.slices(model.transform(), turned)
+        (gradient,) = torch.autograd.grad(model.disc.energy(slices - images).mean(), turned)
+        found.append((slices.detach(), gradient))
+    (slices, gradient), (sliced, other) = found
+    assert float((sliced - slices).norm() / slices.norm()) < 0.08
+    assert float((other - gradient).norm() / gradient.norm()) < 0.2
+
+
+def test_the_lattice_gradient_reaches_every_parameter_and_the_pose() -> None:
+    model = on_lattice(decoder())
+    rotation = random_rotations(2, named_generator("tests/siren")).requires_grad_()
+    model.disc.energy(model.slices(model.transform(), rotation)).mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().min() > 0 for parameter in model.parameters())
+    assert rotation.grad is not None and rotation.grad[:, :2].abs().min() > 0
