@@ -15,7 +15,7 @@ from aceray.em.projection import central_slice, padded_box, padded_transform, pr
 from aceray.em.random import named_generator
 from aceray.em.rotation import random_rotations
 from aceray.models.encoder import MlpFeatures, PoseEncoder, ResNet18Features, WienerInput, regressor
-from aceray.models.siren import SineLayer, SirenDecoder
+from aceray.models.siren import LatticeSirenDecoder, SineLayer, SirenDecoder
 from tests.bench.timing import Machine, cpu_seconds, measure_machine, print_table
 
 BOXES = (32, 64, 128)
@@ -186,10 +186,12 @@ def encoder_stages(box: int) -> list[Stage]:
     ]
 
 
-def siren_stage(box: int, images: int) -> Stage:
-    """Slices of the Fourier decoder and the gradient of its weights; products counted by torch, and the sines."""
-    decoder = SirenDecoder(HalfDisc(box))
-    rotation = random_rotations(images, named_generator("bench/siren", box))
+def siren_stage(name: str, decoder: SirenDecoder, images: int, points: int, sliced: Cost) -> Stage:
+    """Slices of a Fourier decoder whose networks see so many points, and the gradient of their weights.
+
+    Products are counted by torch, the sines here; `sliced` is what comes after the networks.
+    """
+    rotation = random_rotations(images, named_generator("bench/siren", decoder.disc.box))
     parameters = list(decoder.parameters())
 
     def forward() -> Tensor:
@@ -202,11 +204,21 @@ def siren_stage(box: int, images: int) -> Stage:
         both()
     # a sine forward and a cosine backward at every hidden unit
     units = sum(layer.out_features for layer in decoder.modules() if isinstance(layer, SineLayer))
-    flops = counter.get_total_flops() + images * len(decoder.disc) * units * 2 * 20
-    moved = 3 * REAL * sum(parameter.numel() for parameter in parameters) + images * len(decoder.disc) * COMPLEX
+    flops = counter.get_total_flops() + points * units * 2 * 20
+    moved = 3 * REAL * sum(parameter.numel() for parameter in parameters) + points * COMPLEX
     with torch.no_grad():
         seconds = cpu_seconds(forward)
-    return Stage("decoder: SIREN 256", seconds / images, cpu_seconds(both) / images, Cost(flops, moved) / images)
+    return Stage(name, seconds / images, cpu_seconds(both) / images, (Cost(flops, moved) + sliced) / images)
+
+
+def siren_stages(box: int) -> list[Stage]:
+    """Both projectors of the Fourier decoder, at the paper's size."""
+    disc, few = HalfDisc(box), BATCH_SIREN[box]
+    sliced, lattice = transform_cost(box) + slice_cost(BATCH * len(disc)), round(math.pi / 12 * box**3)
+    return [
+        siren_stage("decoder: SIREN 256", SirenDecoder(disc), few, few * len(disc), Cost(0, 0)),
+        siren_stage("the same, lattice / 64", LatticeSirenDecoder(disc), BATCH, lattice, sliced),
+    ]
 
 
 def stage_row(stage: Stage, machine: Machine) -> list[str]:
@@ -252,8 +264,7 @@ def main() -> None:
     for box in BOXES:
         stages = physics_stages(box)
         operations.append(operations_row(box, stages))
-        siren = siren_stage(box, BATCH_SIREN[box])
-        rows = [stage_row(stage, machine) for stage in [*stages, siren, *encoder_stages(box)]]
+        rows = [stage_row(stage, machine) for stage in [*stages, *siren_stages(box), *encoder_stages(box)]]
         print_table(f"{box} px, {len(HalfDisc(box)):,} points in the half disc, per image", header, rows)
     columns = ["box", "rotated samples", "slice samples", "fewer samples", "fewer operations"]
     columns += ["with transform / 64", "less time", "with transform / 64"]

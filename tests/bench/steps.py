@@ -3,6 +3,7 @@
 The steps are those of `Trainer.run` on images of noise, which cost what images of molecules cost. Nothing is learnt.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -44,6 +45,7 @@ METHODS = {
     "ResNet-18, slices, generalised (ace_em_voxel)": ["method/ace_em_voxel"],
     "the same, rotate and sum": ["method/ace_em_voxel", "decoder.projector=rotate"],
     "ResNet-18, SIREN 256, symmetric (ace_em_siren)": ["method/ace_em_siren"],
+    "the same, lattice": ["method/ace_em_siren", "decoder.projector=lattice"],
 }
 SINE = 2 * 20
 
@@ -81,19 +83,21 @@ def sampled_flops(config: Config, box: int, pip: bool) -> float:
     candidates = config.encoder.heads * views
     scored = candidates if candidates > 1 else 0
     forward_only, both = batch * (scored + pip), batch
-    if config.decoder.kind == "siren":
-        units = config.decoder.width * (config.decoder.content_depth + config.decoder.envelope_depth + 2)
-        sampled = points * units * (20 * forward_only + SINE * both)
-        transform = 0.0
-    elif config.decoder.projector == "rotate":
-        # a third of the operations of a sampled point are forward
-        sampled = real_cost(box).flops * (both + forward_only / 3)
-        transform = 0.0
-    else:
-        sampled = points * (SLICE_FORWARD * (both + forward_only) + SLICE_BACKWARD * both)
-        transform = transform_cost(box).flops
+    sliced = transform_cost(box).flops + points * (SLICE_FORWARD * (both + forward_only) + SLICE_BACKWARD * both)
+    decoder = config.decoder
+    units = decoder.width * (decoder.content_depth + decoder.envelope_depth + 2) if decoder.kind == "siren" else 0
+    match decoder.projector:
+        case "points":
+            sampled = points * units * (20 * forward_only + SINE * both)
+        case "lattice":
+            sampled = math.pi / 12 * box**3 * units * SINE + sliced
+        case "rotate":
+            # a third of the operations of a sampled point are forward
+            sampled = real_cost(box).flops * (both + forward_only / 3)
+        case "slice":
+            sampled = sliced
     physics = points * ((TRANSFER_FORWARD + PHASE_FORWARD) * (both + forward_only) + PHASE_BACKWARD * both)
-    return sampled + transform + physics
+    return sampled + physics
 
 
 def measure_step(config: Config, particles: ParticleSet, pip: bool) -> Step:
