@@ -10,8 +10,8 @@ from torch.nn import functional
 from aceray.em.fourier import HalfDisc, frequency_index
 from aceray.em.projection import central_slice, padded_transform, soft_sphere
 
-# points evaluated at a time: 128 MiB for each layer's activations at a width of 256
-_CHUNK_POINTS = 2**17
+# points evaluated at a time: 16 MiB for each layer's activations at a width of 256, which malloc keeps for the next step
+_CHUNK_POINTS = 2**14
 
 
 class SineLayer(nn.Linear):
