@@ -10,7 +10,7 @@ from torch.nn import functional
 from aceray.em.fourier import HalfDisc, frequency_index
 from aceray.em.projection import central_slice, padded_transform, soft_sphere
 
-# points evaluated at a time: 16 MiB for each layer's activations at a width of 256, which malloc keeps for the next step
+# points evaluated at a time: 16 MiB of activations a layer at a width of 256, which malloc keeps for the next step
 _CHUNK_POINTS = 2**14
 
 
