@@ -234,7 +234,8 @@ def test_the_search_reaches_volumes_far_from_the_centre() -> None:
     planted = VolumeAlignment(frame(14), False, torch.tensor([13.0, -6.0, -11.0]))
     start = search_alignments(volume_in_frame(planted, 48), true_volume(48))[0]
     assert degrees_apart(start.rotation, planted.rotation) < 2
-    assert_close(start.shift_px, planted.shift_px, atol=0.1, rtol=0)
+    # a search at low resolution ends where its curve is flat to rounding, which differs from processor to processor
+    assert_close(start.shift_px, planted.shift_px, atol=0.3, rtol=0)
 
 
 def test_the_search_finds_a_volume_in_noise() -> None:
