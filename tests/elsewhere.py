@@ -3,11 +3,13 @@
 A tensor on it holds its values on the CPU and says that they are elsewhere, so an operation that mixes both places, a
 generator of the wrong one or a look at values that were not fetched is an error here as on a GPU, and results are those
 of the CPU. It does not show what only a GPU has: its own kernels and their rounding, streams, memory. Built on torch's
-support of backends in Python; registering one lasts for the process, so tests start another one:
+support of backends in Python. Registering one lasts for the process, so tests start another one, which prints the
+metrics of a run on the CPU and of the same on `elsewhere` or `cuda`:
 
-    python -m tests.elsewhere KEY=VALUE ...     # one run on the CPU and one elsewhere; prints the metrics of both
+    python -m tests.elsewhere DEVICE KEY=VALUE ...
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -148,20 +150,30 @@ def _check(name: str, args: tuple, leaves: list, place: str) -> None:
         raise MixedDevicesError(f"{name}: tensors of both devices: {shapes}")
 
 
-def _train_and_predict(name: str) -> dict[str, float]:
+def _train_and_predict(settings: list[str], name: str) -> dict[str, float]:
     """Metrics of a run, and the mean residual of the poses that it gives its own particles once it is finished."""
-    config = aceray.load_config(*sys.argv[1:], f"name={name}")
+    config = aceray.load_config(*settings, f"name={name}")
     metrics = aceray.train(config).metrics
     poses = Path(config.runs) / name / "predicted"
     aceray.predict(Path(config.runs) / name, config.data.path, poses)
     return metrics | {"predicted": float(pq.read_table(poses / "poses.parquet")["residual"].to_numpy().mean())}
 
 
-if __name__ == "__main__":
+def main(device: str, settings: list[str]) -> None:
+    """Print the metrics of a run on the CPU and of one on a device."""
     torch.set_num_threads(1)
-    register()  # before the first gradient, for which torch counts the devices
-    here = _train_and_predict("here")
-    run.device_of = assign.device_of = lambda config: DEVICE
-    with Executed(), Literals():
-        there = _train_and_predict("there")
-    print(json.dumps([here, there]))
+    if device == DEVICE:
+        register()  # before the first gradient, for which torch counts the devices
+    found = []
+    for place in ("cpu", device):
+        run.device_of = assign.device_of = lambda config, place=place: place
+        with contextlib.ExitStack() as modes:
+            if place == DEVICE:
+                modes.enter_context(Executed())
+                modes.enter_context(Literals())
+            found.append(_train_and_predict(settings, place))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,12 +1,12 @@
-"""Whole training steps of each method, IPI alone and with PIP, at every box: CPU time, particles/s and the floor.
+"""Whole training steps of each method, IPI alone and with PIP, at every box: time, particles/s and the floor.
 
 The steps are those of `Trainer.run` on images of noise, which cost what images of molecules cost. Nothing is learnt.
+On a GPU where there is one, with the paper's batch; else on one thread of the CPU, by its time.
 """
 
 import math
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,12 @@ from tests.bench.physics import (
     real_cost,
     transform_cost,
 )
-from tests.bench.timing import Machine, measure_machine, print_table
+from tests.bench.timing import Machine, best_device, clock_of, measure_machine, print_table
 
-PARTICLES = 256
-# the rotated grids of a batch must fit into memory, and a step of SIRENs into the patience of whoever waits
+PARTICLES = 512
+# on a CPU a step of SIRENs must fit into the patience of whoever waits
 BATCH = {32: 64, 64: 16, 128: 4}
+BATCH_OF_PAPER = 384
 STEPS = 9
 METHODS = {
     "MLP, slices, 4 heads (ace_em)": ["method/ace_em"],
@@ -52,7 +53,7 @@ SINE = 2 * 20
 
 @dataclass(frozen=True)
 class Step:
-    """CPU seconds of a step (median), and its operations: those counted by torch and those of sampling and sines."""
+    """Seconds of a step (median), and its operations: those counted by torch and those of sampling and sines."""
 
     seconds: float
     flops: float
@@ -100,19 +101,19 @@ def sampled_flops(config: Config, box: int, pip: bool) -> float:
     return sampled + physics
 
 
-def measure_step(config: Config, particles: ParticleSet, pip: bool) -> Step:
+def measure_step(config: Config, particles: ParticleSet, pip: bool, device: torch.device) -> Step:
     """Median of the steps after the first two; operations of the second."""
-    stack = read_here(particles, particles.row_groups(), particles.manifest.box)
-    trainer = build_trainer(config, particles, stack)
+    stack = read_here(particles, particles.row_groups(), training_box(config, particles.manifest.box))
+    trainer, clock = build_trainer(config, particles, stack, device=device), clock_of(device)
     running, seconds = trainer.run(), []
     next(running)
     with FlopCounterMode(display=False) as counter:
         next(running)
     while True:
-        started = time.process_time()
+        started = clock()
         if next(running, None) is None:
             break
-        seconds.append(time.process_time() - started)
+        seconds.append(clock() - started)
     flops = counter.get_total_flops() + sampled_flops(config, training_box(config, particles.manifest.box), pip)
     return Step(statistics.median(seconds), flops)
 
@@ -135,17 +136,19 @@ def row(name: str, alone: Step, both: Step, batch: int, machine: Machine) -> lis
 
 def main() -> None:
     """Time every method at every box and print one table a box."""
-    machine = measure_machine()
-    print(f"\nOne thread: {machine.flops / 1e9:.0f} GFLOP/s (matrix product)")
+    device = best_device()
+    machine = measure_machine(device)
+    hardware = "One thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"\n{hardware}, torch {torch.__version__}: {machine.flops / 1e9:,.0f} GFLOP/s (matrix product)")
     header = ["method", "batch", "IPI ms", "IPI + PIP ms", "ratio", "steps/s", "particles/s"]
     header += ["GFLOP", "floor ms", "times the floor"]
     for box in BOXES:
-        rows = []
+        rows, batch = [], BATCH[box] if device.type == "cpu" else BATCH_OF_PAPER
         with tempfile.TemporaryDirectory() as folder:
             particles = noise_set(Path(folder) / "noise", box)
             for name, presets in METHODS.items():
                 alone, both = (
-                    measure_step(method_config(presets, BATCH[box], pip), particles, pip) for pip in (False, True)
+                    measure_step(method_config(presets, batch, pip), particles, pip, device) for pip in (False, True)
                 )
-                rows.append(row(name, alone, both, BATCH[box], machine))
+                rows.append(row(name, alone, both, batch, machine))
         print_table(f"{box} px, one training step", header, rows)

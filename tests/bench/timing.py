@@ -7,24 +7,48 @@ from dataclasses import dataclass
 
 import torch
 
+CPU = torch.device("cpu")
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """CPU seconds of this process, or those of the clock on the wall once another device has done its work."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def synchronised() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
 
 def cpu_seconds(function: Callable[[], object], budget_seconds: float = 1.5) -> float:
     """Median CPU seconds of one call after a warm-up call: 3 to 30 repeats, as many as the budget allows."""
+    return median_seconds(function, time.process_time, budget_seconds)
+
+
+def median_seconds(function: Callable[[], object], clock: Callable[[], float], budget_seconds: float = 1.5) -> float:
+    """The same by another clock."""
     function()
-    start = time.process_time()
+    start = clock()
     function()
-    first = time.process_time() - start
+    first = clock() - start
     times = [first]
     for _ in range(max(2, min(29, int(budget_seconds / max(first, 1e-9))))):
-        start = time.process_time()
+        start = clock()
         function()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Best measured rates of one core: floating-point operations and bytes per second."""
+    """Best measured rates of one core, or of a GPU: floating-point operations and bytes per second."""
 
     flops: float
     bytes: float
@@ -34,14 +58,15 @@ class Machine:
         return max(flops / self.flops, moved_bytes / self.bytes)
 
 
-def measure_machine() -> Machine:
-    """Rate of a 1024 x 1024 float32 matrix product, and of copying 256 MiB (read and written)."""
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    source = torch.zeros(2**26)
+def measure_machine(device: torch.device = CPU) -> Machine:
+    """Rate of a float32 matrix product, and of copying 256 MiB (read and written)."""
+    side, clock = 1024 if device.type == "cpu" else 8192, clock_of(device)
+    left, right = torch.randn(2, side, side, device=device)
+    source = torch.zeros(2**26, device=device)
     target = torch.empty_like(source)
     return Machine(
-        flops=2 * 1024**3 / cpu_seconds(lambda: left @ right),
-        bytes=2 * source.numel() * 4 / cpu_seconds(lambda: target.copy_(source)),
+        flops=2 * side**3 / median_seconds(lambda: left @ right, clock),
+        bytes=2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), clock),
     )
 
 

@@ -1,4 +1,8 @@
-"""Runs on another device, in software (tests/elsewhere.py): nothing is mixed up, and the results are the CPU's."""
+"""Runs on other devices than the CPU: nothing is mixed up, and the results are the CPU's.
+
+One is in software (tests/elsewhere.py); a GPU is the other where there is one. It draws the noise of rendered images by
+its own generator, so losses agree there within what noise makes of them.
+"""
 
 import json
 import subprocess
@@ -6,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.particles import write_particles
 
@@ -19,7 +24,14 @@ RUN = (
 )
 SMALL = ("encoder.width=32", "encoder.depth=2")
 FEW_ROUNDS = ("refine.search_rounds=1", "refine.polish_rounds=1")
-LOSSES = ("train/loss_ipi", "train/loss_shift", "train/loss_pip", "train/loss_total", "select/residual_whitened")
+SHOWN = (
+    "train/loss_ipi",
+    "train/loss_shift",
+    "train/loss_pip",
+    "train/loss_total",
+    "select/residual_whitened",
+    "predicted",
+)
 REFUSED = """
 import torch
 from tests import elsewhere
@@ -50,11 +62,26 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-def here_and_there(tmp_path: Path, *settings: str, truth: bool = False) -> list[dict[str, float]]:
-    """Metrics of one run on the CPU and elsewhere."""
+def here_and_there(tmp_path: Path, device: str, *settings: str, truth: bool = False) -> list[dict[str, float]]:
+    """Metrics of one run on the CPU and on another device."""
     write_particles(tmp_path / "set", truth=truth)
     folders = (f"data.path={tmp_path / 'set'}", f"runs={tmp_path / 'runs'}")
-    return json.loads(python("-m", "tests.elsewhere", *folders, *RUN, *settings).splitlines()[-1])
+    return json.loads(python("-m", "tests.elsewhere", device, *folders, *RUN, *settings).splitlines()[-1])
+
+
+def check_alike(here: dict[str, float], there: dict[str, float], device: str, *names: str) -> None:
+    """Compare metrics, those of the run that there are."""
+    present = [name for name in names if name in here]
+    expected = {name: here[name] for name in present}
+    assert {name: there[name] for name in present} == pytest.approx(
+        expected, rel=1e-3 if device == "elsewhere" else 0.1
+    )
+
+
+on_each_device = pytest.mark.parametrize(
+    "device",
+    ["elsewhere", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:
@@ -62,24 +89,26 @@ def test_the_device_refuses_what_a_gpu_refuses() -> None:
     assert python("-c", REFUSED).splitlines() == refused
 
 
-def test_the_fourier_decoder_trains_elsewhere(tmp_path: Path) -> None:
+@on_each_device
+def test_the_fourier_decoder_trains(device: str, tmp_path: Path) -> None:
     decoder = ("decoder/siren", "decoder.width=16", "decoder.projector=lattice")
     losses = ("ipi.loss=generalised", "pip.noise.kind=background")
-    here, there = here_and_there(tmp_path, *decoder, *SMALL, *losses, "refine=null")
-    assert {name: there[name] for name in LOSSES} == pytest.approx({name: here[name] for name in LOSSES}, rel=1e-4)
-    assert there["predicted"] == pytest.approx(here["predicted"], rel=1e-4)
+    here, there = here_and_there(tmp_path, device, *decoder, *SMALL, *losses, "refine=null")
+    check_alike(here, there, device, *SHOWN)
 
 
-def test_streamed_images_are_refined_elsewhere(tmp_path: Path) -> None:
+@on_each_device
+def test_streamed_images_are_refined(device: str, tmp_path: Path) -> None:
     rounds = (*FEW_ROUNDS, "refine.registers=false", "refine.halves=independent")
-    here, there = here_and_there(tmp_path, "data.memory_gib=0.0005", *SMALL, *rounds)
-    assert there["train/loss_total"] == pytest.approx(here["train/loss_total"], rel=1e-4)
+    here, there = here_and_there(tmp_path, device, "data.memory_gib=0.0005", *SMALL, *rounds)
+    check_alike(here, there, device, "train/loss_total")
     # slopes there are finite differences, so single poses differ
-    assert there["refine/energy"] == pytest.approx(here["refine/energy"], rel=0.01)
-    assert there["predicted"] == pytest.approx(here["predicted"], rel=0.01)
+    assert there["refine/energy"] == pytest.approx(here["refine/energy"], rel=0.02)
+    assert there["predicted"] == pytest.approx(here["predicted"], rel=0.02)
 
 
 @pytest.mark.slow
+@on_each_device
 @pytest.mark.parametrize(
     "settings",
     [
@@ -97,15 +126,15 @@ def test_streamed_images_are_refined_elsewhere(tmp_path: Path) -> None:
     ],
     ids=["points", "rotated voxels", "cryoai", "cryoposenet"],
 )
-def test_other_networks_and_losses_train_elsewhere(settings: tuple[str, ...], tmp_path: Path) -> None:
-    here, there = here_and_there(tmp_path, *settings, "refine=null")
-    present = [name for name in LOSSES if name in here]
-    assert {name: there[name] for name in present} == pytest.approx({name: here[name] for name in present}, rel=1e-3)
+def test_other_networks_and_losses_train(settings: tuple[str, ...], device: str, tmp_path: Path) -> None:
+    here, there = here_and_there(tmp_path, device, *settings, "refine=null")
+    check_alike(here, there, device, *SHOWN)
 
 
 @pytest.mark.slow
-def test_registers_and_truth_elsewhere(tmp_path: Path) -> None:
-    here, there = here_and_there(tmp_path, *SMALL, *FEW_ROUNDS, "refine.near_symmetry=0.1", truth=True)
+@on_each_device
+def test_registers_and_truth(device: str, tmp_path: Path) -> None:
+    here, there = here_and_there(tmp_path, device, *SMALL, *FEW_ROUNDS, "refine.near_symmetry=0.1", truth=True)
     assert there["refine/near_symmetry_order"] == here["refine/near_symmetry_order"] > 1
     assert there["refine/energy"] == pytest.approx(here["refine/energy"], rel=0.02)
     assert there["fsc/auc"] == pytest.approx(here["fsc/auc"], rel=0.05)
