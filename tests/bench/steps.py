@@ -119,7 +119,7 @@ def measure_step(config: Config, particles: ParticleSet, pip: bool, device: torc
 
 
 def row(name: str, alone: Step, both: Step, batch: int, machine: Machine) -> list[str]:
-    floor = both.flops / machine.flops
+    floor, rate = both.flops / machine.flops, batch / both.seconds
     return [
         name,
         f"{batch}",
@@ -127,7 +127,7 @@ def row(name: str, alone: Step, both: Step, batch: int, machine: Machine) -> lis
         f"{both.seconds * 1e3:,.1f}",
         f"{both.seconds / alone.seconds:.2f}",
         f"{1 / both.seconds:,.2f}",
-        f"{batch / both.seconds:,.0f}",
+        f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
         f"{both.flops / 1e9:,.2f}",
         f"{floor * 1e3:,.1f}",
         f"{both.seconds / floor:.1f}",
